@@ -1,0 +1,1 @@
+"""Raw data sets to shards, shards to a planned stream of batches."""

@@ -1,0 +1,1 @@
+"""The student: detectors behind one interface."""

@@ -1,0 +1,74 @@
+"""What every detector gives: predictions, named losses, and matched region features."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from pipeline.data.batch import Targets
+
+
+class Predictions(NamedTuple):
+    """Raw output for a batch: `logits` (B, Q, C) before the sigmoid, `boxes` (B, Q, 4) cxcywh
+    as fractions of the unpadded image."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class MatchedRegions(NamedTuple):
+    """Region features that were matched to ground truth.
+
+    `features` is (M, D); `image` and `box` are (M,) int64: the box index inside that image's
+    targets. `copies` is how often each box of the batch appears on average in the static layout
+    (denoising groups; 1 for Hungarian matches): losses over regions divide by it.
+    """
+
+    features: Tensor
+    image: Tensor
+    box: Tensor
+    copies: float
+
+
+class TrainingOutput(NamedTuple):
+    """Losses of a micro-batch by log key, unweighted by gradient accumulation or world size, and
+    what the semantic branch learns from."""
+
+    losses: dict[str, Tensor]
+    matched: tuple[MatchedRegions, ...]
+
+
+class LossContext(NamedTuple):
+    """What is known of the whole global batch before its first micro-step.
+
+    `num_boxes` is the number of boxes in the global batch (at least 1): the one normaliser.
+    `class_columns` is (K,) int64, the columns that the federated class loss visits, or None for
+    all of them. They are the same on every rank and in every micro-step.
+    """
+
+    num_boxes: float
+    class_columns: Tensor | None
+
+
+class Detector(Protocol):
+    """A detector: `forward(images, mask)` gives `Predictions`; with targets and context it gives
+    `TrainingOutput`.
+
+    `images` is (B, 3, H, W) float32 normalised by `pixel_mean` and `pixel_std`, `mask` (B, H, W)
+    bool, True on padding.
+    """
+
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    feature_dim: int
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        targets: list[Targets] | None = None,
+        context: LossContext | None = None,
+    ) -> Predictions | TrainingOutput: ...
+
+    def category_parameters(self) -> dict[str, int]:
+        """Names of parameters and buffers with one row per category, and the axis of the rows."""
+        ...

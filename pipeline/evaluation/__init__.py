@@ -1,0 +1,1 @@
+"""Checkpoint to detections to federated AP."""

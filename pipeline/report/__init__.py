@@ -1,0 +1,1 @@
+"""Run directory to tables and one self-contained page."""

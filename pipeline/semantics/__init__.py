@@ -1,0 +1,1 @@
+"""The frozen CLIP teacher, its text embeddings, and the branch that learns its soft labels."""

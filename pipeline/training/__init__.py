@@ -1,0 +1,1 @@
+"""DeepSpeed engine, checkpoints and the training loop."""

@@ -1,0 +1,16 @@
+"""Fixtures shared by the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real photographs and annotations beside the checkout; absent in most places."""
+    given = os.environ.get("LONGTAIL_SHARED_DATA")
+    path = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (path / "PROVENANCE.md").is_file():
+        pytest.skip(f"no real sample data at {path}; set LONGTAIL_SHARED_DATA to its folder")
+    return path
