@@ -25,7 +25,7 @@ class StorageError(LongtailError):
     exit_code = 74
 
 
-class StopRequested(LongtailError):
+class StopRequested(LongtailError):  # noqa: N818 - a request, not an error
     """The run was asked to stop and has saved a checkpoint; the same command continues it."""
 
     exit_code = 75

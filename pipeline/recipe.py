@@ -8,15 +8,11 @@ or what `longtail show` prints, is what runs.
 import difflib
 import hashlib
 import json
-import re
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -38,13 +34,13 @@ class Source(Section):
     format: Literal["lvis", "objects365", "imagenet21k", "cc3m"]
     images: str
     annotations: str | None = None
-    """json (lvis, objects365), tsv of wnid to LVIS category (imagenet21k), tsv of captions (cc3m)."""
+    """json (lvis, objects365), tsv of wnid to category (imagenet21k), tsv of captions (cc3m)."""
     use_labels: bool = True
     """False drops the class labels that the source has (INet-Unl, O365-Box)."""
     use_class: bool = True
     use_box: bool = True
     use_semantic: bool = True
-    """The three switches hold for every class, box or semantic term: decoder, encoder, denoising."""
+    """The switches hold for every class, box or semantic term: decoder, encoder, denoising."""
     weight: Positive = 1.0
     """Share of this source among the sources of its stream."""
 
@@ -353,156 +349,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The complete resolved recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 numbers and booleans, no duplicate keys and no aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise RecipeError(f"line {mark.line + 1}: YAML aliases are not allowed; write it out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(key, Hashable):
-                continue
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise RecipeError(f"line {line}: key {key!r} is given twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-# PyYAML's own constructor reads a leading zero as octal, which YAML 1.2 does not.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(node)),  # type: ignore[arg-type]
-)
-
-
-def parse_yaml(text: str, origin: str) -> object:
-    """Safe YAML 1.2 scalars; raises `RecipeError` naming `origin` and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecipeError as error:
-        raise RecipeError(f"{origin}, {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{origin}{where}: not valid YAML ({problem})") from None
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides; raises `RecipeError`."""
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(
-            f"recipe {path} does not exist; give the path of a YAML file, such as "
-            "recipes/quickstart.yaml"
-        )
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return recipe_from_tree(tree, str(path))
-
-
-def recipe_from_tree(tree: object, origin: str) -> Recipe:
-    """Validate a plain tree; every problem is named with its place, rule and nearest known key."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise RecipeError(f"{origin}: " + "; ".join(problems)) from None
-
-
-def _apply_override(tree: dict[str, object], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r} is not of the form section.key=value")
-    node: object = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        node = _child(node, part, override)
-    parsed = parse_yaml(value, f"override {override!r}")
-    if isinstance(node, list):
-        node[_position(node, last, override)] = parsed
-    elif isinstance(node, dict):
-        node[last] = parsed
-    else:
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is not a section")
-
-
-def _child(node: object, part: str, override: str) -> object:
-    if isinstance(node, list):
-        return node[_position(node, part, override)]
-    if isinstance(node, dict):
-        if node.get(part) is None:
-            node[part] = {}
-        return node[part]
-    raise RecipeError(f"override {override!r}: {part!r} is inside a value, not a section")
-
-
-def _position(node: list[object], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(
-            f"override {override!r}: {part!r} must be a position from 0 to {len(node) - 1}"
-        )
-    return int(part)
-
-
-def _explain(problem: object) -> str:
-    assert isinstance(problem, dict)
-    location = problem["loc"]
-    place = ".".join(str(part) for part in location) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {place!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{place} is missing; it has no default"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    shown = "" if isinstance(problem.get("input"), dict) else f" (got {problem.get('input')!r})"
-    return f"{place}: {message}{shown}"
-
-
-def _known_keys(location: Sequence[object]) -> list[str]:
-    """Keys of the section at `location`, found by walking the JSON schema."""
-    schema = Recipe.model_json_schema()
-    node = schema
-    for part in location:
-        choices = [node, *node.get("anyOf", [])]
-        for choice in choices:
-            choice = _resolve(schema, choice)
-            if isinstance(part, int) and "items" in choice:
-                node = choice["items"]
-                break
-            if part in choice.get("properties", {}):
-                node = choice["properties"][part]
-                break
-    for choice in [node, *node.get("anyOf", [])]:
-        keys = _resolve(schema, choice).get("properties")
-        if keys:
-            return sorted(keys)
-    return []
-
-
-def _resolve(schema: dict[str, dict[str, dict]], node: dict) -> dict:
-    reference = node.get("$ref")
-    return schema["$defs"][reference.rsplit("/", 1)[-1]] if reference else node

@@ -91,9 +91,7 @@ def collate(
     return Batch(padded, mask, list(targets), list(source), list(sample_ids))
 
 
-def normalise(
-    images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def normalise(images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) uint8 to float32, (x / 255 - mean) / std, with padding exactly 0."""
     shape = (1, 3, 1, 1)
     mean_tensor = torch.tensor(mean, device=images.device).view(shape) * 255

@@ -1,0 +1,158 @@
+"""Recipes: the paper's defaults, and an error that teaches for everything that can be wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe, parse_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MINIMAL = """
+name: example
+data:
+  root: /data
+  train:
+    - {name: lvis_train, format: lvis, images: lvis, annotations: train.json}
+training:
+  steps: 100
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_are_the_papers(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.semantic is not None and recipe.semantic.weight == 0.5
+    assert recipe.teacher.model == "RN50"
+    assert recipe.detector.num_queries == 900
+    assert recipe.detector.losses.federated_categories == 50
+    assert recipe.detector.losses.federated_power == 0.5
+    assert recipe.data.repeat_threshold == 0.001
+    assert recipe.training.batch_size == 16
+    assert recipe.training.clip_norm == 0.1
+    assert recipe.data.transforms.short_sides[0] == 480
+    assert recipe.data.transforms.short_sides[-1] == 800
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", "did you mean 'steps'"),
+        ("detector.backbon=3", "did you mean 'backbone'"),
+        ("data.train.0.formt=lvis", "did you mean 'format'"),
+        ("teacher.promts=single", "did you mean 'prompts'"),
+        ("training.steps=abc", "training.steps: input should be a valid integer"),
+        ("training.batch_size=0", "greater than or equal to 1"),
+        ("training.drop_steps=[200]", "not before the last step"),
+        ("training.learning_rate=-1", "greater than 0"),
+        ("cluster.workers=3", "does not divide among cluster.workers 3"),
+        ("detector.hidden_dim=100", "multiple of twice num_heads"),
+        ("detector.num_feature_levels=2", "fewer than the 3 maps"),
+        ("data.train.0.format=coco", "'lvis', 'objects365', 'imagenet21k' or 'cc3m'"),
+        ("data.train.3.weight=1", "position from 0 to 0"),
+        ("data.vocabulary=lvis_trian", "did you mean 'lvis_train'"),
+        ("teacher.pretrained=null", "needs weights"),
+        ("initialize_from=example", "is this recipe itself"),
+        ("name.x=1", "is not a section"),
+        ("training.steps", "not of the form section.key=value"),
+        ("training.steps=[1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_value_names_place_rule_and_fix(
+    recipe_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file, [override])
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 78
+
+
+def test_overrides_reach_sections_lists_and_null(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ["training.learning_rate=2e-4", "data.train.0.weight=3", "semantic=null"]
+    )
+    assert recipe.training.learning_rate == 2e-4
+    assert recipe.data.train[0].weight == 3.0
+    assert recipe.semantic is None
+
+
+def test_show_prints_a_recipe_that_loads_to_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+    assert load_recipe(again).hash() == recipe.hash()
+
+
+def test_the_hash_follows_every_value(recipe_file: Path) -> None:
+    hashes = {
+        load_recipe(recipe_file, overrides).hash()
+        for overrides in ([], ["seed=1"], ["training.steps=101"], ["detector.dropout=0.1"])
+    }
+    assert len(hashes) == 4
+
+
+def test_a_recipe_is_frozen(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.training.steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5E+3", 1500.0),
+        ("010", 10),
+        ("12:30:45", "12:30:45"),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("2026-01-02", "2026-01-02"),
+        ("0x10", "0x10"),
+    ],
+)
+def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
+    tree = parse_yaml(f"key: {text}", "test")
+    assert tree == {"key": value}
+    assert type(tree["key"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: key 'a' is given twice"),
+        ("a: &x 1\nb: *x", "aliases are not allowed"),
+        ("a: [1", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_yaml_that_hides_something_is_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match="test") as caught:
+        parse_yaml(text, "test")
+    assert message in str(caught.value)
+
+
+def test_missing_file_and_wrong_top_level(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, Recipe)
+    assert recipe.name == path.stem
