@@ -12,15 +12,16 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import RecipeError, StorageError
 
 
-def join(root: str, *parts: str) -> str:
-    """`parts` under `root`; a part that is absolute or an URL starts anew, as with os.path."""
+def resolve(root: str, *parts: str) -> str:
+    """`parts` under `root`; a part that is absolute or a URL starts anew, as with os.path.
+
+    Local paths come back absolute: the reader may be a process with another working directory.
+    """
     url = root
     for part in parts:
-        if "://" in part or part.startswith("/"):
-            url = part
-        else:
-            url = f"{url.rstrip('/')}/{part}" if url else part
-    return url
+        starts_anew = "://" in part or part.startswith("/")
+        url = part if starts_anew or not url else f"{url.rstrip('/')}/{part}"
+    return url if "://" in url or "::" in url else os.path.abspath(url)
 
 
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

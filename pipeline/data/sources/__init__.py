@@ -1,0 +1,34 @@
+"""Raw data sets as they are published: one module for each format."""
+
+from pipeline.data.sources.cc3m import list_cc3m
+from pipeline.data.sources.imagenet21k import list_imagenet21k
+from pipeline.data.sources.lvis import list_lvis
+from pipeline.data.sources.objects365 import list_objects365
+from pipeline.data.sources.record import Record, RecordSet, read_record
+from pipeline.errors import DataError
+from pipeline.recipe import Source
+
+__all__ = ["Record", "RecordSet", "list_records", "read_record"]
+
+_READERS = {
+    "lvis": list_lvis,
+    "objects365": list_objects365,
+    "imagenet21k": list_imagenet21k,
+    "cc3m": list_cc3m,
+}
+
+
+def list_records(source: Source, root: str) -> RecordSet:
+    """Every usable record of a source whose paths are relative to `root`; no image is read.
+
+    Raises `RecipeError` for a missing file or directory, `DataError` for a bad annotation (file,
+    id, value, rule and fix), `StorageError` when storage fails.
+    """
+    record_set = _READERS[source.format](source, root)
+    if not record_set.records:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in record_set.dropped.items())
+        raise DataError(
+            f"source {source.name} has no usable sample ({reasons or 'its files are empty'}); "
+            "check `images` and `annotations`"
+        )
+    return record_set

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.images import decode_image, image_extension, orientation_of
+from pipeline.data.sample import Sample
+from pipeline.data.storage import read_bytes
 from pipeline.data.vocabulary import Vocabulary
+from pipeline.errors import DataError
+
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +21,8 @@ class Record:
 
     `path` is a path or fsspec URL; `boxes` is (N, 4) float32 xyxy in pixels, or None for one box
     over the whole image, whose size is not known before it is read; `category_ids` is (N,) int64.
-    `declared_size` is (width, height) as the annotation states it, `num_bytes` as storage lists it.
+    `declared_size` is (width, height) as the annotation states it, `num_bytes` as storage lists it
+    (None where the file was not listed).
     """
 
     key: str
@@ -43,12 +50,67 @@ class RecordSet:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def drop(self, reason: str, example: str, count: int = 1) -> None:
-        """Count what is left out or altered."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
+    def drop(self, reason: str, example: str) -> None:
+        """Count one thing that is left out or altered."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < MAX_EXAMPLES:
             shown.append(example)
 
 
-MAX_EXAMPLES = 5
+def read_record(record: Record) -> Sample:
+    """Read and decode the image of a record, and keep its bytes.
+
+    Raises `DataError` when the image is absent, unreadable, or not of the size that its annotation
+    states; `StorageError` when storage fails in another way.
+    """
+    try:
+        image = read_bytes(record.path)
+    except FileNotFoundError:
+        raise DataError(f"{record.path}: the image does not exist") from None
+    try:
+        width, height = decode_image(image).size
+        extension = image_extension(image)
+        orientation = orientation_of(image)
+    except DataError as error:
+        raise DataError(f"{record.path}: {error}") from None
+    boxes = record.boxes
+    if boxes is None:
+        boxes = np.array([[0, 0, width, height]], dtype=np.float32)
+    if record.declared_size not in (None, (width, height)):
+        if record.declared_size != (height, width) or orientation < 5:
+            assert record.declared_size is not None
+            declared = "x".join(str(side) for side in record.declared_size)
+            raise DataError(
+                f"{record.path}: the image is {width}x{height} pixels, its annotation says "
+                f"{declared}; boxes of another size cannot be placed"
+            )
+        boxes = _turn_boxes(boxes, orientation, width, height)
+    return Sample(
+        key=record.key,
+        image=image,
+        extension=extension,
+        image_id=record.image_id,
+        width=width,
+        height=height,
+        boxes=boxes,
+        category_ids=record.category_ids,
+        negative_category_ids=record.negative_category_ids,
+        not_exhaustive_category_ids=record.not_exhaustive_category_ids,
+        coarse=record.coarse,
+        caption=record.caption,
+    )
+
+
+def _turn_boxes(
+    boxes: NDArray[np.float32], orientation: int, width: int, height: int
+) -> NDArray[np.float32]:
+    """Boxes drawn on the stored pixels, as they lie on the image turned by EXIF.
+
+    `boxes` is (N, 4) xyxy; `width` and `height` are of the turned image; `orientation` is 5 to 8,
+    where stored rows became columns.
+    """
+    x0, y0, x1, y1 = boxes.T
+    left, right = (y0, y1) if orientation in (5, 8) else (width - y1, width - y0)
+    top, bottom = (x0, x1) if orientation in (5, 6) else (height - x1, height - x0)
+    return np.stack([left, top, right, bottom], axis=1).astype(np.float32)

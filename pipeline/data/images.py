@@ -1,0 +1,136 @@
+"""Encoded images to pixels, as people see them; the one decoder of the program."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import DataError
+
+MAX_PIXELS = 64 * 1024 * 1024
+"""A 388 KB file can hold 400 million pixels, so the header is asked before anything is decoded."""
+
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+}
+"""Formats that are read, by Pillow's name, with the file extension that each is stored under."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's parsers raise on damaged files, beyond OSError.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image as people see it.
+
+    EXIF orientation is applied; 16-bit samples keep their high byte; transparent pixels stand on
+    white; of an animation the first frame counts. Colour profiles are not applied. Raises
+    `DataError` for what is no image, is cut short, or has more than `MAX_PIXELS` pixels.
+    """
+    image = _open(data)
+    try:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
+    except _DAMAGE as error:
+        raise DataError(f"the image is damaged or cut short ({_reason(error)})") from None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as people see it, from the header; raises `DataError` as `decode_image`."""
+    image = _open(data)
+    width, height = image.size
+    return (height, width) if orientation_of(data) >= 5 else (width, height)
+
+
+def image_extension(data: bytes) -> str:
+    """File extension of the format that the bytes are in; raises `DataError`."""
+    return EXTENSIONS[str(_open(data).format)]
+
+
+def orientation_of(data: bytes) -> int:
+    """EXIF orientation, 1 to 8; 1 where none is given or the EXIF block is damaged."""
+    image = _open(data)
+    if image.format == "PNG" and b"eXIf" in data:
+        # A PNG may hold its EXIF block after the pixels.
+        try:
+            image.load()
+        except _DAMAGE:
+            return 1
+    return _orientation(image)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Header only."""
+    if not data:
+        raise DataError("the image file is empty")
+    try:
+        image = Image.open(BytesIO(data), formats=list(EXTENSIONS))
+    except UnidentifiedImageError:
+        known = ", ".join(sorted({*EXTENSIONS} - {"MPO"}))
+        raise DataError(f"not an image of a known format ({known})") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"the image has more than {MAX_PIXELS} pixels; scale it down") from None
+    except _DAMAGE as error:
+        raise DataError(f"the image header is damaged ({_reason(error)})") from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"the image has no pixels ({width}x{height})")
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"the image has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down"
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit grey to white instead of scaling it.
+        samples = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(samples, 0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
