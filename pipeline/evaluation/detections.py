@@ -1,0 +1,106 @@
+"""Detections of a whole data set as arrays, and their LVIS (COCO) result json."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.evaluation.ground_truth import integers, numbers, read_json, refuse
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """One row a detection, best first within an image where a detector made them.
+
+    `image_id` and `category_id` are (N,) int64 ids of the data set, `bbox` (N, 4) float64 xywh in
+    pixels of the photograph, `score` (N,) float64 in [0, 1]. `images` names every image that the
+    detector saw, those without a detection included; None means all images of the annotations.
+    """
+
+    image_id: NDArray[np.int64]
+    category_id: NDArray[np.int64]
+    bbox: NDArray[np.float64]
+    score: NDArray[np.float64]
+    images: NDArray[np.int64] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        assert self.bbox.shape == (len(self), 4) and len(self.category_id) == len(self)
+        refuse(
+            ~((self.score >= 0) & (self.score <= 1)),
+            self.score,
+            "is a score outside [0, 1]",
+            "detections",
+        )
+        negative = (self.bbox[:, 2:] < 0).any(axis=1)
+        refuse(negative, self.image_id, "is an image with a box of negative size", "detections")
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def to_rows(self) -> Iterator[dict[str, Any]]:
+        """The entries of an LVIS result json."""
+        columns = (self.image_id, self.category_id, self.bbox, self.score)
+        for image_id, category_id, bbox, score in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            yield {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": bbox,
+                "score": score,
+            }
+
+    def save(self, path: Path) -> None:
+        """Write an LVIS result json, complete or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write("[")
+            for position, row in enumerate(self.to_rows()):
+                file.write((",\n" if position else "\n") + json.dumps(row, allow_nan=False))
+            file.write("\n]\n")
+        os.replace(partial, path)
+
+
+def load_detections(path: str | Path) -> Detections:
+    """Read an LVIS or COCO result json; a violated rule is a `DataError` that names the file."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: detections are a json list of image_id, category_id, bbox and score, this is "
+            f"a {type(rows).__name__}; were annotations and detections swapped?"
+        )
+    return parse_detections(rows, str(path))
+
+
+def parse_detections(rows: Sequence[dict[str, Any]], origin: str = "detections") -> Detections:
+    """Entries of a result json as arrays; a violated rule is a `DataError`."""
+    return Detections(
+        image_id=integers(rows, "image_id", origin),
+        category_id=integers(rows, "category_id", origin),
+        bbox=numbers(rows, "bbox", origin, width=4),
+        score=numbers(rows, "score", origin),
+    )
+
+
+def concatenate(parts: Sequence[Detections]) -> Detections:
+    """Detections of several ranks as one; an image that two ranks saw is a `DataError`."""
+    seen = [part.images for part in parts]
+    images = None
+    if all(one is not None for one in seen):
+        images, count = np.unique(
+            np.concatenate([one for one in seen if one is not None]), return_counts=True
+        )
+        refuse(count > 1, images, "is an image that was detected on twice", "detections")
+    return Detections(
+        image_id=np.concatenate([part.image_id for part in parts]),
+        category_id=np.concatenate([part.category_id for part in parts]),
+        bbox=np.concatenate([part.bbox for part in parts]),
+        score=np.concatenate([part.score for part in parts]),
+        images=images,
+    )
