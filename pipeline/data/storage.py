@@ -120,3 +120,13 @@ def publish_bytes(url: str, data: bytes) -> None:
     """Write a small file atomically."""
     with publish(url) as file:
         file.write(data)
+
+
+def remove(url: str) -> None:
+    """Delete a file; nothing happens when it is not there."""
+    filesystem, path = open_filesystem(url)
+    with storage_errors("remove", url):
+        try:
+            filesystem.rm_file(path)
+        except FileNotFoundError:
+            return
