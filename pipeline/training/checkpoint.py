@@ -1,0 +1,280 @@
+"""What is inside a checkpoint: tensors by parameter name, as safetensors.
+
+Nothing in it depends on world size or ZeRO stage, and reading it executes nothing.
+
+    weights.safetensors     the student: `detector.*` and, where it was trained, `branch.*`
+    averaged.safetensors    running averages of the trainable parameters (with `ema_decay`)
+    optimizer.safetensors   AdamW: `exp_avg/NAME`, `exp_avg_sq/NAME`, `updates`
+    manifest.json           step, plan, recipe, vocabulary, sizes and sha256 of the files
+"""
+
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.data.vocabulary import Vocabulary
+from pipeline.errors import RecipeError, StorageError
+from pipeline.recipe import Recipe
+from pipeline.training.manifest import (
+    Manifest,
+    checkpoint_dir,
+    keep_newest,
+    newest_verified,
+    publish,
+    read_manifest,
+    verify,
+)
+from pipeline.training.student import DETECTOR_PREFIX, export_state
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights.safetensors"
+AVERAGED = "averaged.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
+
+
+@dataclass(frozen=True)
+class State:
+    """A student and its optimizer as plain CPU tensors by parameter name.
+
+    `weights` are all parameters and persistent buffers, `averaged` the trainable parameters'
+    averages (empty without `ema_decay`), `moments` are AdamW's, `exp_avg/NAME` and
+    `exp_avg_sq/NAME`, after `updates` applied updates.
+    """
+
+    weights: Mapping[str, Tensor]
+    averaged: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    updates: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, steps skipped among them, and the plan that they follow."""
+
+    step: int
+    skipped_steps: int
+    plan: dict[str, int | str]
+
+
+@dataclass
+class Initialization:
+    """What `initialize_from` gave: names by what became of them, and matched categories."""
+
+    source: str
+    copied: list[str] = field(default_factory=list)
+    mapped: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    matched_categories: int = 0
+    num_categories: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"initialised from {self.source}: {len(self.copied)} tensors copied, "
+            f"{len(self.fresh)} kept fresh, {len(self.unused)} of the source not used"
+        )
+        if self.mapped:
+            text += (
+                f", rows of {len(self.mapped)} mapped for {self.matched_categories} of "
+                f"{self.num_categories} categories"
+            )
+        return text
+
+
+def save(
+    state: State, progress: Progress, recipe: Recipe, vocabulary: Vocabulary, world_size: int
+) -> Path:
+    """Publish a checkpoint, then remove those beyond `keep_checkpoints`; for one rank only."""
+    manifest = Manifest(
+        step=progress.step,
+        skipped_steps=progress.skipped_steps,
+        plan=dict(progress.plan),
+        recipe_hash=recipe.hash(),
+        recipe=recipe.model_dump(mode="json"),
+        vocabulary_digest=vocabulary.digest,
+        vocabulary=vocabulary.to_json(),
+        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+        world_size=world_size,
+        files={},
+    )
+    directory = checkpoint_dir(recipe.run_dir, progress.step)
+
+    def write(partial: Path) -> None:
+        updates = {"updates": torch.tensor(state.updates)}
+        _write_tensors(partial / WEIGHTS, state.weights)
+        _write_tensors(partial / OPTIMIZER, {**state.moments, **updates})
+        if state.averaged:
+            _write_tensors(partial / AVERAGED, state.averaged)
+
+    publish(directory, manifest, write)
+    verify(directory)
+    keep_newest(recipe.run_dir, recipe.training.keep_checkpoints)
+    return directory
+
+
+def load_state(directory: Path) -> State:
+    """Everything that a run continues from."""
+    moments = _read_tensors(directory / OPTIMIZER)
+    updates = int(moments.pop("updates"))
+    averaged = directory / AVERAGED
+    return State(
+        weights=_read_tensors(directory / WEIGHTS),
+        averaged=_read_tensors(averaged) if averaged.exists() else {},
+        moments=moments,
+        updates=updates,
+    )
+
+
+def restore(module: nn.Module, state: State, directory: Path, vocabulary: Vocabulary) -> None:
+    """Put a checkpoint's weights into a student, all of them; raises `RecipeError` otherwise."""
+    theirs = Vocabulary.from_json(read_manifest(directory).vocabulary)
+    if theirs != vocabulary:
+        raise RecipeError(
+            f"{directory} was trained on another vocabulary, the first of these two: "
+            f"{theirs.difference(vocabulary)}. Give the recipe a new name, and name the old one in "
+            "initialize_from to carry over the categories that both have"
+        )
+    load_strictly(module, state.weights, str(directory))
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights whose names and shapes are exactly the module's; raises `RecipeError`."""
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [f"{name} is missing" for name in sorted(ours.keys() - theirs.keys())]
+    problems += [f"{name} is not in this model" for name in sorted(theirs.keys() - ours.keys())]
+    problems += [
+        f"{name} has shape {theirs[name]}, this model {ours[name]}"
+        for name in sorted(ours.keys() & theirs.keys())
+        if ours[name] != theirs[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more differences" if len(problems) > 8 else ""
+        raise RecipeError(
+            f"{origin} is a checkpoint of another model: {'; '.join(problems[:8])}{more}. Use the "
+            "detector section that it was trained with, or remove it and start over"
+        )
+    module.load_state_dict(dict(weights))
+
+
+def load_weights(directory: Path, ema: bool) -> dict[str, Tensor]:
+    """The detector's weights under its own names; averaged ones on request, where there are any."""
+    weights = _read_tensors(directory / WEIGHTS)
+    if ema and (directory / AVERAGED).exists():
+        weights |= _read_tensors(directory / AVERAGED)
+    return export_state(weights)
+
+
+def load_detector(directory: Path, use_ema: bool) -> tuple[nn.Module, Vocabulary, Recipe]:
+    """A checkpoint's detector, in evaluation mode, with neither DeepSpeed nor teacher."""
+    from pipeline.detectors import build_detector
+
+    manifest = verify(directory)
+    recipe = Recipe.model_validate(manifest.recipe)
+    vocabulary = Vocabulary.from_json(manifest.vocabulary)
+    weights = load_weights(directory, use_ema)
+    embeddings = [t for name, t in weights.items() if name.split(".")[-1] == "text_embeddings"]
+    backbone = recipe.detector.backbone.model_copy(update={"weights": None})
+    detector = build_detector(
+        recipe.detector.model_copy(update={"backbone": backbone}),
+        num_categories=vocabulary.num_categories,
+        text_embeddings=embeddings[0] if embeddings else None,
+    )
+    load_strictly(detector, weights, str(directory))
+    return detector.eval(), vocabulary, recipe
+
+
+def find_source(recipe: Recipe) -> Path:
+    """The checkpoint that `initialize_from` means: a run beside this one, or a path.
+
+    Raises `RecipeError` when there is none.
+    """
+    assert recipe.initialize_from is not None
+    places = [Path(recipe.output) / recipe.initialize_from, Path(recipe.initialize_from)]
+    for place in places:
+        if place.name.startswith("step_") and place.is_dir():
+            verify(place)
+            return place
+        newest = newest_verified(place)
+        if newest is not None:
+            return newest
+    raise RecipeError(
+        f"initialize_from {recipe.initialize_from!r}: no checkpoint in "
+        f"{' nor in '.join(str(place) for place in places)}; train that recipe first, or give the "
+        "path of a run or checkpoint directory"
+    )
+
+
+def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> Initialization:
+    """Copy a checkpoint's detector into a fresh one, by name, across vocabularies.
+
+    Rows of per-category parameters go to the column of the same category; the others stay fresh,
+    and so do per-category buffers (text embeddings), which follow from this recipe. Averaged
+    weights are taken where the source has them. Raises `RecipeError` for another shape, or when
+    nothing fits.
+    """
+    source = load_weights(directory, ema=True)
+    theirs = Vocabulary.from_json(read_manifest(directory).vocabulary)
+    columns = torch.from_numpy(vocabulary.columns_from(theirs))
+    matched = columns >= 0
+    category_axes: dict[str, int] = detector.category_parameters()  # type: ignore[operator]
+    parameters = {name for name, _ in detector.named_parameters()}
+    report = Initialization(str(directory), num_categories=vocabulary.num_categories)
+    report.matched_categories = int(columns[matched].unique().numel())
+    target = detector.state_dict()
+    report.unused = sorted(source.keys() - target.keys())
+    for name, tensor in target.items():
+        given = source.get(name)
+        if given is None or (name in category_axes and name not in parameters):
+            report.fresh.append(name)
+        elif name in category_axes:
+            axis = category_axes[name]
+            rows = given.index_select(axis, matched.nonzero()[:, 0]).to(tensor)
+            tensor.index_copy_(axis, columns[matched].to(tensor.device), rows)
+            report.mapped.append(name)
+        elif given.shape != tensor.shape:
+            raise RecipeError(
+                f"initialize_from {directory}: {name} has shape {tuple(given.shape)} there and "
+                f"{tuple(tensor.shape)} here; both recipes need the same detector section"
+            )
+        else:
+            tensor.copy_(given)
+            report.copied.append(name)
+    if not report.copied:
+        raise RecipeError(f"initialize_from {directory}: no parameter there fits this detector")
+    return report
+
+
+def export_detector(directory: Path, output: Path, use_ema: bool) -> Path:
+    """Write the detector alone, as a checkpoint that `load_detector` reads, into a new folder."""
+    if output.exists():
+        raise StorageError(f"{output} exists already; name a new folder")
+    manifest = verify(directory)
+    manifest.files.clear()
+    weights = {DETECTOR_PREFIX + n: t for n, t in load_weights(directory, use_ema).items()}
+    publish(output, manifest, lambda partial: _write_tensors(partial / WEIGHTS, weights))
+    return output
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} could not be read: {error}") from error
+    return tensors

@@ -1,0 +1,229 @@
+"""Which checkpoints exist: `step_00001200/manifest.json`, written last, decides (free of torch).
+
+A checkpoint directory counts only when every file that its manifest names has the size and the
+sha256 that stand there. Anything else is a save that did not finish, or damage.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError, StorageError
+from pipeline.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CHECKPOINT_NAME = re.compile(r"^step_(\d{8,})$")
+
+HARMLESS_KEYS = (
+    "description",
+    "output",
+    "data.root",
+    "data.shards",
+    "data.workers",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.max_skipped_steps",
+    "training.zero_stage",
+    "evaluation",
+    "cluster",
+)
+"""Recipe keys (or sections) that do not change what is learnt. The data itself is compared by the
+digests in the plan state, so its place may move."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself; `files` maps a name to its bytes and sha256."""
+
+    step: int
+    skipped_steps: int
+    plan: dict[str, Any]
+    recipe_hash: str
+    recipe: dict[str, Any]
+    vocabulary_digest: str
+    vocabulary: Any
+    versions: dict[str, str]
+    world_size: int
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """Text of manifest.json."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Directory of the checkpoint taken after `step` steps."""
+    return checkpoints_dir(run_dir) / f"step_{step:08d}"
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 of a file, as a manifest states them."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest as it is written, without looking at the files; raises `StorageError`."""
+    path = directory / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
+    except FileNotFoundError:
+        raise StorageError(f"{directory} has no {MANIFEST}: the save did not finish") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} is damaged: {error!r}") from None
+
+
+def verify(directory: Path) -> Manifest:
+    """The manifest, after each file was found with its size and sha256; raises `StorageError`."""
+    manifest = read_manifest(directory)
+    for name, stated in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise StorageError(f"{path} is missing, and the manifest names it")
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            raise StorageError(f"{path} has {size} bytes, the manifest says {stated['bytes']}")
+        if file_digest(path)["sha256"] != stated["sha256"]:
+            raise StorageError(f"{path} has another sha256 than the manifest says")
+    return manifest
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint directories by name, oldest first, verified or not."""
+    root = checkpoints_dir(run_dir)
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest_verified(run_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None where the run has none at all.
+
+    One that does not verify is named in a warning and the next older one is taken; raises
+    `StorageError` when there are some and none verifies.
+    """
+    candidates = list_checkpoints(run_dir)
+    for directory in reversed(candidates):
+        try:
+            verify(directory)
+        except StorageError as error:
+            logger.warning("checkpoint left out: %s", error)
+        else:
+            return directory
+    if candidates:
+        raise StorageError(
+            f"none of the {len(candidates)} checkpoints in {checkpoints_dir(run_dir)} verifies "
+            "(the warnings above say why); remove that directory to start this stage over"
+        )
+    return None
+
+
+def publish(directory: Path, manifest: Manifest, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint so that it is there whole or not at all.
+
+    `write` puts the files into the directory that it is given. They are flushed to disk, then the
+    manifest with their digests is written, then one rename makes the checkpoint visible.
+    """
+    partial = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        for path in sorted(partial.iterdir()):
+            _flush(path)
+            manifest.files[path.name] = file_digest(path)
+        write_atomically(partial / MANIFEST, manifest.to_json())
+        _flush(partial)
+        if directory.exists():
+            _discard(directory)
+        partial.rename(directory)
+        _flush(directory.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(
+            f"checkpoint {directory} could not be written: {error}; older checkpoints are intact. "
+            "Free some space and run the same command again"
+        ) from error
+
+
+def keep_newest(run_dir: Path, count: int) -> None:
+    """Remove all but the `count` newest checkpoints, and saves that did not finish."""
+    for directory in list_checkpoints(run_dir)[:-count]:
+        _discard(directory)
+    for leftover in checkpoints_dir(run_dir).glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file: the old one or the new one is there at any time, never a part."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def refuse_another_recipe(directory: Path, recipe: Recipe) -> None:
+    """Raise `RecipeError` when a run was started by a recipe that would have learnt otherwise."""
+    before = _flatten(read_manifest(directory).recipe)
+    now = _flatten(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key} was {before.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _harmless(key)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{recipe.run_dir} was started by another recipe: {'; '.join(changed)}. Give this "
+            f"recipe a new name, or remove {recipe.run_dir} to start it over"
+        )
+
+
+def _harmless(key: str) -> bool:
+    return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS_KEYS)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; lists are values, so that a shift shows as one change."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(directory: Path) -> None:
+    """Remove a checkpoint; the rename first, so that a kill leaves no half of it behind."""
+    partial = directory.with_name(directory.name + ".old.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    directory.rename(partial)
+    shutil.rmtree(partial)

@@ -1,0 +1,167 @@
+"""The engine against plain PyTorch, over ZeRO stages, ranks and micro-batches."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from toy_student import ToyDetector, run_ranks, toy_micro_batches
+
+from pipeline.detectors.interface import LossContext
+from pipeline.recipe import Training
+from pipeline.training.engine import (
+    Engine,
+    init_process_group,
+    num_micro_batches,
+    parameter_groups,
+    schedule_factor,
+)
+from pipeline.training.student import Student
+
+BATCH, MICRO = 8, 2
+CONTEXT = LossContext(num_boxes=12.0, class_columns=None)
+
+
+def section(**changes: object) -> Training:
+    return Training.model_validate(
+        {
+            "steps": 10,
+            "batch_size": BATCH,
+            "micro_batch": MICRO,
+            "learning_rate": 1e-2,
+            "backbone_learning_rate": 1e-3,
+            "clip_norm": 0.5,
+            "ema_decay": 0.75,
+        }
+        | changes
+    )
+
+
+def toy_student() -> Student:
+    torch.manual_seed(0)
+    return Student(ToyDetector())
+
+
+def reference(steps: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Plain PyTorch on the whole batch: losses, weights and averaged weights."""
+    student, training = toy_student(), section()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, training), weight_decay=training.weight_decay
+    )
+    trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    averaged = {name: p.detach().clone() for name, p in trainable.items()}
+    losses = []
+    for step in range(steps):
+        [batch] = toy_micro_batches(step, BATCH, BATCH, 0, 1)
+        loss = sum(student(batch.images, batch.mask, batch.targets, CONTEXT).values())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable.values(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        for name, parameter in trainable.items():
+            averaged[name].lerp_(parameter.detach(), 1 - training.ema_decay)
+    return losses, student.state_dict(), averaged
+
+
+def make_engine(stage: int) -> Engine:
+    init_process_group("gloo")
+    accumulation = num_micro_batches(BATCH, MICRO, dist.get_world_size())
+    return Engine(toy_student(), section(zero_stage=stage), accumulation)
+
+
+def train_step(engine: Engine, step: int, spoil_rank: int | None = None) -> tuple[float, float]:
+    """Global loss and gradient norm; one image of one rank may be made to give a NaN loss."""
+    total = torch.zeros(())
+    batches = toy_micro_batches(step, BATCH, MICRO, dist.get_rank(), dist.get_world_size())
+    for i, batch in enumerate(batches):
+        if spoil_rank == dist.get_rank() and i == 0:
+            batch.targets[1].boxes.fill_(math.nan)
+        total += engine.backward(engine.forward(batch.images, batch.mask, batch.targets, CONTEXT))
+    norm = engine.step(step)
+    dist.all_reduce(total)
+    return total.item(), norm
+
+
+def train_all_stages(steps: int) -> dict[int, object]:
+    results = {}
+    for stage in range(4):
+        engine = make_engine(stage)
+        losses = [train_step(engine, step)[0] for step in range(steps)]
+        state = engine.state()
+        results[stage] = [losses, state and [dict(state.weights), dict(state.averaged)]]
+    return results
+
+
+def spoil_all_stages() -> dict[int, object]:
+    results = {}
+    for stage in range(4):
+        engine = make_engine(stage)
+        train_step(engine, 0)
+        before = engine.state()
+        _, norm = train_step(engine, 1, spoil_rank=dist.get_world_size() - 1)
+        after = engine.state()
+        loss, next_norm = train_step(engine, 2)
+        clean = make_engine(stage)
+        train_step(clean, 0)
+        clean_loss, clean_norm = train_step(clean, 2)
+        same = before is None or (
+            all(torch.equal(before.weights[n], after.weights[n]) for n in before.weights)
+            and all(torch.equal(before.moments[n], after.moments[n]) for n in before.moments)
+            and all(torch.equal(before.averaged[n], after.averaged[n]) for n in before.averaged)
+            and before.updates == after.updates == 1
+        )
+        results[stage] = [norm, same, loss, clean_loss, next_norm, clean_norm]
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_stage_learns_as_plain_pytorch_on_the_whole_batch(world_size: int) -> None:
+    losses, weights, averaged = reference(4)
+    first, *_ = run_ranks(train_all_stages, world_size, 4)
+    for stage, (stage_losses, (stage_weights, stage_averaged)) in first.items():
+        assert stage_losses == pytest.approx(losses, rel=1e-5), f"stage {stage}"
+        assert stage_weights.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(stage_weights[name], tensor, rtol=1e-4, atol=1e-6)
+        for name, tensor in averaged.items():
+            torch.testing.assert_close(stage_averaged[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
+    for results in run_ranks(spoil_all_stages, 2):
+        for stage, (norm, same, loss, clean_loss, next_norm, clean_norm) in results.items():
+            assert not math.isfinite(norm), f"stage {stage}"
+            assert same, f"stage {stage}: weights or moments moved"
+            assert loss == clean_loss and next_norm == clean_norm, f"stage {stage}: left over"
+
+
+def test_schedule_is_a_function_of_the_step() -> None:
+    stepped = section(warmup_steps=3, drop_steps=[5, 8], drop_factor=0.1)
+    factors = [schedule_factor(step, stepped) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    cosine = section(schedule="cosine", warmup_steps=2)
+    factors = [schedule_factor(step, cosine) for step in range(10)]
+    assert factors[2] == 1.0 and factors[6] == pytest.approx(0.5)
+    assert factors[2:] == sorted(factors[2:], reverse=True) and factors[-1] > 0
+
+
+def test_the_backbone_has_its_own_learning_rate_and_frozen_parameters_none() -> None:
+    student = toy_student()
+    rest, backbone = parameter_groups(student, section())
+    assert (rest["lr"], backbone["lr"]) == (1e-2, 1e-3)
+    assert {id(p) for p in backbone["params"]} == {
+        id(p) for p in student.detector.backbone[2].parameters()
+    }
+    assert len(rest["params"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world_size", "expected"),
+    [(16, 2, 1, 8), (16, 2, 2, 4), (16, 3, 2, 3), (5, 2, 2, 2), (2, 2, 4, 1)],
+)
+def test_number_of_micro_batches(
+    batch_size: int, micro_batch: int, world_size: int, expected: int
+) -> None:
+    assert num_micro_batches(batch_size, micro_batch, world_size) == expected
