@@ -19,14 +19,14 @@ class MatchedRegions(NamedTuple):
     """Region features that were matched to ground truth.
 
     `features` is (M, D); `image` and `box` are (M,) int64: the box index inside that image's
-    targets. `copies` is how often each box of the batch appears on average in the static layout
-    (denoising groups; 1 for Hungarian matches): losses over regions divide by it.
+    targets. `copies` (M,) is how often the region's box appears (the denoising groups of its image;
+    1 for Hungarian matches): losses over regions divide by it, so that each box counts once.
     """
 
     features: Tensor
     image: Tensor
     box: Tensor
-    copies: float
+    copies: Tensor
 
 
 class TrainingOutput(NamedTuple):

@@ -1,0 +1,40 @@
+"""Boxes: two layouts, generalised IoU, and the inverse of the sigmoid."""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and size to two corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) two corners to centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al. 2019) of xyxy boxes, elementwise with broadcasting.
+
+    (..., 4) and (..., 4) give (...); pass `a[:, None]` and `b[None]` for all pairs. A box without
+    area has IoU 0 with everything, and the result is always finite.
+    """
+    area_a = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
+    overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    intersection = overlap.clamp(min=0).prod(-1)
+    hull_area = hull.clamp(min=0).prod(-1)
+    union = area_a + area_b - intersection
+    smallest = torch.finfo(a.dtype).tiny
+    iou = intersection / union.clamp(min=smallest)
+    return iou - (hull_area - union) / hull_area.clamp(min=smallest)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Logit of values in [0, 1], kept `eps` away from both ends (DINO's eps)."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
