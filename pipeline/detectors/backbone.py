@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import freeze_batch_norm_2d
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from pipeline import recipe
@@ -50,8 +51,7 @@ class Backbone(nn.Module):
     def __init__(self, section: recipe.Backbone, *, pretrained: bool = True) -> None:
         super().__init__()
         self.body = _create(section, section.weights if pretrained else None)
-        self.channels: list[int] = self.body.feature_info.channels()
-        self.strides: list[int] = self.body.feature_info.reduction()
+        self.channels: list[int] = _feature_info(self.body).channels()
         config = getattr(self.body, "pretrained_cfg", None) or {}
         self.pixel_mean = _three(config.get("mean", IMAGENET_MEAN))
         self.pixel_std = _three(config.get("std", IMAGENET_STD))
@@ -68,6 +68,12 @@ class Backbone(nn.Module):
         if self._channels_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
         return [FeatureMap(x, resize_mask(mask, (x.shape[2], x.shape[3]))) for x in maps]
+
+
+def _feature_info(body: nn.Module) -> FeatureInfo:
+    info = body.feature_info
+    assert isinstance(info, FeatureInfo)
+    return info
 
 
 def _create(section: recipe.Backbone, weights: str | None) -> nn.Module:
@@ -149,7 +155,7 @@ def _freeze_stages(body: nn.Module, section: recipe.Backbone) -> None:
         return
     parameters = list(body.named_parameters())
     starts: list[int] = []
-    for info in body.feature_info.info:
+    for info in _feature_info(body).info:
         prefixes = (f"{info['module']}.", f"{info['module'].replace('.', '_')}.")
         inside = [i for i, (name, _) in enumerate(parameters) if name.startswith(prefixes)]
         if inside:

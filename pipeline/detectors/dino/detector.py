@@ -60,9 +60,8 @@ class DinoDetector(nn.Module):
         self.encoder = Encoder(section)
         self.query_selection = QuerySelection(section)
         self.decoder = Decoder(section)
-        self.register_buffer(
-            "text_embeddings", _checked_text(section, num_categories, text_embeddings)
-        )
+        text_embeddings = _checked_text(section, num_categories, text_embeddings)
+        self.register_buffer("text_embeddings", text_embeddings)
         self.class_embed, self.encoder_class_embed = self._class_head(), self._class_head()
         self.bbox_embed, self.encoder_bbox_embed = _box_head(dim), _box_head(dim)
         if section.denoising.num_queries:
@@ -146,7 +145,11 @@ class DinoDetector(nn.Module):
         )
         denoising, matching = (
             LayerOutputs(*parts)
-            for parts in zip(*(x.split([num_denoising, num_matching], 2) for x in predicted))
+            for parts in zip(
+                predicted.logits.split([num_denoising, num_matching], dim=2),
+                predicted.boxes.split([num_denoising, num_matching], dim=2),
+                strict=True,
+            )
         )
         encoder = LayerOutputs(
             self._classify(self.encoder_class_embed, cells.content, columns)[None],
@@ -196,7 +199,8 @@ def _regions(
     hidden: Tensor, num_denoising: int, matches: Matches, layout: DenoisingLayout | None
 ) -> tuple[MatchedRegions, ...]:
     """What the last layer's features (B, T, dim) were matched to; denoising queries come first."""
-    image, query, box = matches.image[-1], matches.query[-1], matches.box[-1]
+    last = len(matches.image) - 2  # the encoder's matches follow those of the decoder layers
+    image, query, box = matches.image[last], matches.query[last], matches.box[last]
     features = hidden[image, num_denoising + query]
     matched = MatchedRegions(features, image, box, features.new_ones(len(features)).float())
     if layout is None:

@@ -21,11 +21,9 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """(..., K) float32 logits of (..., dim), of all categories or those of `columns` (K,)."""
-        weight, bias = self.weight, self.bias
-        if columns is not None:
-            weight, bias = weight[columns], bias[columns]
+        rows = slice(None) if columns is None else columns
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), weight, bias)
+            return F.linear(x.float(), self.weight[rows], self.bias[rows])
 
 
 class LanguageHead(nn.Module):

@@ -167,7 +167,7 @@ def compute_losses(
     context: LossContext,
     num_categories: int,
 ) -> tuple[dict[str, Tensor], Matches]:
-    """Losses by log key, and the Hungarian matches of the decoder layers.
+    """Losses by log key, and the Hungarian matches of the decoder layers and of the encoder.
 
     Keys are `loss/class`, `loss/box_l1` and `loss/box_giou` for the last decoder layer, with
     `_0`, `_1`, ... for the earlier ones, `_encoder`, and `_dn`, `_dn_0`, ... for denoising. Each is
@@ -192,4 +192,4 @@ def compute_losses(
         losses |= _name(terms, suffixes, context.num_boxes)
     if not matches.finite:
         losses["loss/class"] = losses["loss/class"] * torch.nan
-    return losses, Matches(*(part[:num_layers] for part in matches[:3]), matches.finite)
+    return losses, matches

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class MLP(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
         super().__init__()
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -259,8 +260,9 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(self.dim)
         self.ref_point_head = MLP(2 * self.dim, self.dim, self.dim, 2)
         self.activation_checkpointing = False
-        for layer in self.ref_point_head.layers:
-            nn.init.xavier_uniform_(layer.weight)
+        for parameter in self.ref_point_head.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(
         self,
