@@ -1,0 +1,332 @@
+"""Checkpoints: whole or not there, at any stage and world size, and never another model's."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_engine import BATCH, MICRO, section, toy_student, train_step
+from torch import nn
+from toy_student import NUM_CATEGORIES, ToyDetector, run_ranks
+
+from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.errors import RecipeError, StorageError
+from pipeline.recipe import Recipe
+from pipeline.training.checkpoint import (
+    Progress,
+    State,
+    export_detector,
+    find_source,
+    initialize,
+    load_state,
+    load_weights,
+    restore,
+    save,
+)
+from pipeline.training.engine import Engine, init_process_group, num_micro_batches
+from pipeline.training.manifest import (
+    checkpoint_dir,
+    newest_verified,
+    refuse_another_recipe,
+    verify,
+)
+
+NAMES = ["cat", "dog", "aerosol_can", "bow_(weapon)", "cup", "kite", "ring"]
+
+
+def vocabulary(names: list[str] = NAMES) -> Vocabulary:
+    return Vocabulary([Category(i + 1, name, f"{name}.n.01") for i, name in enumerate(names)])
+
+
+def make_recipe(output: Path, **changes: object) -> Recipe:
+    source = {"name": "toy", "format": "lvis", "images": "images", "annotations": "a.json"}
+    tree = {"name": "run", "output": str(output), "data": {"root": "raw", "train": [source]}}
+    training = section().model_dump() | {"keep_checkpoints": 2}
+    return Recipe.model_validate({**tree, "training": training, **changes})
+
+
+def toy_state(seed: int = 0) -> State:
+    torch.manual_seed(seed)
+    student = toy_student()
+    trainable = {n: p.detach() for n, p in student.named_parameters() if p.requires_grad}
+    moments = {f"{m}/{n}": p.clone() for n, p in trainable.items() for m in ("exp_avg",)}
+    averaged = {name: tensor + 1 for name, tensor in trainable.items()}
+    return State(dict(student.state_dict()), averaged, moments, updates=3)
+
+
+def save_steps(output: Path, *steps: int) -> list[Path]:
+    recipe = make_recipe(output)
+    return [
+        save(toy_state(), Progress(step, 0, {"seed": 0}), recipe, vocabulary(), 1) for step in steps
+    ]
+
+
+def start_and_go_on(folder: str, stage: int) -> list[float]:
+    """Two steps, a checkpoint, two more steps: the losses of the last two."""
+    engine = _engine(stage, None)
+    for step in range(2):
+        train_step(engine, step)
+    state = engine.state()
+    if state is not None:
+        recipe = make_recipe(Path(folder, f"stage{stage}_world{dist.get_world_size()}"))
+        save(state, Progress(2, 0, {}), recipe, vocabulary(), dist.get_world_size())
+    losses = [train_step(engine, step)[0] for step in (2, 3)]
+    _save_last(engine, Path(folder, f"direct_{stage}_{dist.get_world_size()}.pt"))
+    return losses
+
+
+def continue_from(folder: str, saved: str, stage: int) -> list[float]:
+    """The same last two steps, from a checkpoint."""
+    directory = newest_verified(Path(folder, saved, "run"))
+    assert directory is not None
+    engine = _engine(stage, directory)
+    losses = [train_step(engine, step)[0] for step in (2, 3)]
+    _save_last(engine, Path(folder, f"{saved}_{stage}_{dist.get_world_size()}.pt"))
+    return losses
+
+
+def _engine(stage: int, directory: Path | None) -> Engine:
+    init_process_group("gloo")
+    student, state = toy_student(), None
+    if directory is not None:
+        nn.init.zeros_(student.detector.class_embed.weight)
+        state = load_state(directory)
+        restore(student, state, directory, vocabulary())
+    accumulation = num_micro_batches(BATCH, MICRO, dist.get_world_size())
+    return Engine(student, section(zero_stage=stage), accumulation, state)
+
+
+def _save_last(engine: Engine, path: Path) -> None:
+    state = engine.state()
+    if state is not None:
+        torch.save([dict(state.weights), dict(state.averaged), dict(state.moments)], path)
+
+
+def start_all(folder: str, stages: list[int]) -> list[list[float]]:
+    return [start_and_go_on(folder, stage) for stage in stages]
+
+
+def continue_all(folder: str, pairs: list[tuple[str, int]]) -> list[list[float]]:
+    return [continue_from(folder, saved, stage) for saved, stage in pairs]
+
+
+def assert_bitwise_equal(first: Path, second: Path) -> None:
+    for ours, theirs in zip(
+        torch.load(first, weights_only=True), torch.load(second, weights_only=True), strict=True
+    ):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path, stage: int) -> None:
+    [direct, _] = run_ranks(start_all, 2, str(tmp_path), [stage])
+    [resumed, _] = run_ranks(continue_all, 2, str(tmp_path), [(f"stage{stage}_world2", stage)])
+    assert direct == resumed
+    assert_bitwise_equal(
+        tmp_path / f"direct_{stage}_2.pt", tmp_path / f"stage{stage}_world2_{stage}_2.pt"
+    )
+
+
+@pytest.mark.slow
+def test_any_stage_and_world_size_continues_any_other(tmp_path: Path) -> None:
+    stages = [0, 1, 2, 3]
+    expected: dict[str, list[float]] = {}
+    for world in (1, 2, 4):
+        losses = run_ranks(start_all, world, str(tmp_path), stages)[0]
+        expected |= {f"stage{s}_world{world}": losses[s] for s in stages}
+    pairs = list(itertools.product(expected, stages))
+    for world in (1, 2, 4):
+        for (saved, stage), losses in zip(
+            pairs, run_ranks(continue_all, world, str(tmp_path), pairs)[0], strict=True
+        ):
+            assert losses == pytest.approx(expected[saved], rel=1e-5), (saved, stage, world)
+        for stage in stages:
+            resumed = tmp_path / f"stage{stage}_world{world}_{stage}_{world}.pt"
+            assert_bitwise_equal(tmp_path / f"direct_{stage}_{world}.pt", resumed)
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 7)
+    assert directory == checkpoint_dir(tmp_path / "run", 7)
+    manifest, state, saved = verify(directory), load_state(directory), toy_state()
+    assert (manifest.step, manifest.plan, manifest.world_size) == (7, {"seed": 0}, 1)
+    assert Vocabulary.from_json(manifest.vocabulary) == vocabulary()
+    assert state.updates == 3
+    for ours, theirs in ((state.weights, saved.weights), (state.averaged, saved.averaged)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    name = "class_embed.weight"
+    assert torch.equal(load_weights(directory, ema=False)[name], saved.weights["detector." + name])
+    assert torch.equal(load_weights(directory, ema=True)[name], saved.averaged["detector." + name])
+
+
+def test_only_the_newest_are_kept_and_unfinished_ones_removed(tmp_path: Path) -> None:
+    unfinished = tmp_path / "run" / "checkpoints" / "step_00000002.tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "weights.safetensors").write_bytes(b"half")
+    save_steps(tmp_path, 1, 2, 3)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step_00000002", "step_00000003"]
+
+
+def flip_bit(directory: Path) -> None:
+    path = directory / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+def cut_short(directory: Path) -> None:
+    path = directory / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def drop_manifest(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+
+
+def cut_manifest(directory: Path) -> None:
+    path = directory / "manifest.json"
+    path.write_text(path.read_text()[:100])
+
+
+def drop_file(directory: Path) -> None:
+    (directory / "averaged.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_bit, cut_short, drop_manifest, cut_manifest, drop_file])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(
+    tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save_steps(tmp_path, 5, 10)
+    assert newest_verified(tmp_path / "run") == newer
+    damage(newer)  # type: ignore[operator]
+    assert newest_verified(tmp_path / "run") == older
+    assert str(newer) in caplog.text
+    damage(older)  # type: ignore[operator]
+    with pytest.raises(StorageError, match="none of the 2 checkpoints"):
+        newest_verified(tmp_path / "run")
+
+
+def test_a_run_without_checkpoints_starts_from_nothing(tmp_path: Path) -> None:
+    assert newest_verified(tmp_path / "run") is None
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [older] = save_steps(tmp_path, 5)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.training.checkpoint.save_file", full)
+    with pytest.raises(StorageError, match=r"No space left.*run the same command again"):
+        save_steps(tmp_path, 6)
+    assert newest_verified(tmp_path / "run") == older
+    assert [path.name for path in older.parent.iterdir()] == [older.name]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    student = toy_student()
+    student.detector.box_embed = nn.Linear(5, 3)
+    student.detector.added = nn.Linear(2, 2)
+    with pytest.raises(RecipeError) as error:
+        restore(student, load_state(directory), directory, vocabulary())
+    assert "detector.added.weight is missing" in str(error.value)
+    assert "detector.box_embed.weight has shape (4, 5), this model (3, 5)" in str(error.value)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    other = vocabulary([*NAMES[:-1], "hoop"])
+    with pytest.raises(RecipeError, match=r"7 ring .*7 hoop .*initialize_from"):
+        restore(toy_student(), load_state(directory), directory, other)
+
+
+def test_only_what_does_not_change_learning_may_change_in_a_recipe(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    training = section(zero_stage=3, log_every=1, keep_checkpoints=9).model_dump()
+    refuse_another_recipe(
+        directory,
+        make_recipe(tmp_path, training=training, cluster={"workers": 2}, description="moved"),
+    )
+    training = section(learning_rate=3e-4).model_dump()
+    with pytest.raises(RecipeError) as error:
+        refuse_another_recipe(directory, make_recipe(tmp_path, training=training, seed=1))
+    text = str(error.value)
+    assert "seed was 0 and is 1" in text
+    assert "training.learning_rate was 0.01 and is 0.0003" in text
+    assert "zero_stage" not in text and "new name" in text
+
+
+def test_initialization_maps_rows_of_shared_categories(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    ours = vocabulary(["ring", "sun", "cat", "dog"])
+    torch.manual_seed(5)
+    detector = ToyDetector(4)
+    fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    report = initialize(detector, directory, ours)
+    source = load_weights(directory, ema=True)
+    weight = detector.class_embed.weight
+    assert torch.equal(weight[0], source["class_embed.weight"][6])
+    assert torch.equal(weight[1], fresh["class_embed.weight"][1])
+    assert torch.equal(weight[2:], source["class_embed.weight"][:2])
+    assert torch.equal(detector.box_embed.weight, source["box_embed.weight"])
+    assert torch.equal(detector.text_embeddings, fresh["text_embeddings"])
+    assert (report.matched_categories, report.num_categories) == (3, 4)
+    assert report.mapped == ["class_embed.weight", "class_embed.bias"]
+    assert report.fresh == ["text_embeddings"]
+    assert "3 of 4 categories" in str(report)
+
+
+def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    detector = ToyDetector(NUM_CATEGORIES)
+    detector.box_embed = nn.Linear(5, 3)
+    with pytest.raises(
+        RecipeError, match=r"box_embed.weight has shape \(4, 5\) there and \(3, 5\)"
+    ):
+        initialize(detector, directory, vocabulary())
+
+
+def test_initialize_from_finds_a_run_by_name_and_by_path(tmp_path: Path) -> None:
+    _, newest = save_steps(tmp_path, 5, 6)
+    beside = make_recipe(tmp_path, name="fine", initialize_from="run")
+    assert find_source(beside) == newest
+    for path in (newest.parent.parent, newest):
+        elsewhere = make_recipe(tmp_path / "other", name="fine", initialize_from=str(path))
+        assert find_source(elsewhere) == newest
+    with pytest.raises(RecipeError, match=r"initialize_from 'nowhere': no checkpoint"):
+        find_source(make_recipe(tmp_path, name="fine", initialize_from="nowhere"))
+
+
+def test_an_export_holds_the_detector_alone(tmp_path: Path) -> None:
+    state = toy_state()
+    weights = {**state.weights, "branch.project.weight": torch.ones(2, 2)}
+    recipe = make_recipe(tmp_path)
+    directory = save(
+        State(weights, state.averaged, state.moments, 1),
+        Progress(5, 0, {}),
+        recipe,
+        vocabulary(),
+        1,
+    )
+    output = export_detector(directory, tmp_path / "exported", use_ema=True)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "manifest.json",
+        "weights.safetensors",
+    ]
+    exported = load_file(output / "weights.safetensors")
+    assert exported.keys() == {"detector." + name for name in ToyDetector().state_dict()}
+    assert json.loads((output / "manifest.json").read_text())["step"] == 5
+    with pytest.raises(StorageError, match="exists already"):
+        export_detector(directory, output, use_ema=True)
+    shutil.rmtree(output)
