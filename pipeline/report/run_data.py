@@ -1,0 +1,189 @@
+"""What a run directory says about its run: recipe, steps, evaluations, example pictures."""
+
+import base64
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryRow:
+    """One line of per_category.csv; None where a figure is undefined or not known."""
+
+    name: str
+    frequency: str
+    train_images: int | None
+    instances: int
+    ap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A picture of the data set as a data URL, with the boxes that examples.json has for it."""
+
+    image_id: int
+    url: str
+    width: int
+    height: int
+    ground_truth: list[dict[str, Any]]
+    detections: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One directory of evaluations/."""
+
+    step: int
+    results: dict[str, Any]
+    categories: list[CategoryRow]
+    examples: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """A run, finished or not. `steps` and `evaluations` ascend by step, each step once.
+
+    `recipe` is None where recipe.yaml is missing or of another version; `notes` say so, and name
+    whatever else could not be read.
+    """
+
+    name: str
+    recipe: Recipe | None
+    steps: list[Event]
+    curve: list[Event]
+    evaluations: list[Evaluation]
+    notes: list[str]
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Read everything that the report shows; raises `DataError` where there is no run at all."""
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} does not exist; give the directory of a run")
+    notes: list[str] = []
+    events = _read_metrics(run_dir / "metrics.jsonl", notes)
+    evaluations = [
+        evaluation
+        for folder in sorted(run_dir.glob("evaluations/step_*"))
+        if (evaluation := _read_evaluation(folder, notes)) is not None
+    ]
+    recipe = _read_recipe(run_dir / "recipe.yaml", notes)
+    if not events and not evaluations and recipe is None:
+        raise DataError(f"{run_dir} has neither recipe.yaml nor metrics.jsonl nor evaluations/")
+    return RunData(
+        name=recipe.name if recipe else run_dir.name,
+        recipe=recipe,
+        steps=_by_step(events, "step"),
+        curve=_evaluation_curve(events, evaluations),
+        evaluations=evaluations,
+        notes=notes,
+    )
+
+
+def _read_recipe(path: Path, notes: list[str]) -> Recipe | None:
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        notes.append(f"The recipe is not shown: {error}.")
+        return None
+
+
+def _read_metrics(path: Path, notes: list[str]) -> list[Event]:
+    if not path.is_file():
+        notes.append("There is no metrics.jsonl yet.")
+        return []
+    events, unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            # The last line of a run that is still going, or that was killed, may be cut off.
+            unreadable += 1
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            events.append(event)
+    if unreadable:
+        notes.append(f"{unreadable} incomplete lines of metrics.jsonl were left out.")
+    return events
+
+
+def _by_step(events: list[Event], kind: str) -> list[Event]:
+    """Events of one kind; where a resumed run repeated a step, its last word counts."""
+    latest = {event["step"]: event for event in events if event.get("event") == kind}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _evaluation_curve(events: list[Event], evaluations: list[Evaluation]) -> list[Event]:
+    logged = [event | {"event": "evaluation"} for event in _by_step(events, "evaluation")]
+    stored = [
+        {"event": "evaluation", **evaluation.results, "step": evaluation.step}
+        for evaluation in evaluations
+    ]
+    return _by_step([*logged, *stored], "evaluation")
+
+
+def _read_evaluation(folder: Path, notes: list[str]) -> Evaluation | None:
+    path = folder / "results.json"
+    if not path.is_file():
+        return None  # results.json is written last: this evaluation is still going
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        step = int(results["step"])
+        return Evaluation(step, results, _read_categories(folder), _read_examples(folder))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+        notes.append(f"evaluations/{folder.name} could not be read ({error!r}).")
+        return None
+
+
+def _read_categories(folder: Path) -> list[CategoryRow]:
+    path = folder / "per_category.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            CategoryRow(
+                name=row["name"],
+                frequency=row["frequency"],
+                train_images=int(row["train_images"]) if row["train_images"] else None,
+                instances=int(row["instances"]),
+                ap=float(row["AP"]) if row["AP"] else None,
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def _read_examples(folder: Path) -> list[Example]:
+    path = folder / "examples.json"
+    if not path.is_file():
+        return []
+    examples = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        picture = (folder / Path(entry["file"]).name).read_bytes()
+        examples.append(
+            Example(
+                image_id=int(entry["image_id"]),
+                url="data:image/jpeg;base64," + base64.b64encode(picture).decode("ascii"),
+                width=int(entry["width"]),
+                height=int(entry["height"]),
+                ground_truth=entry["ground_truth"],
+                detections=entry["detections"],
+            )
+        )
+    return examples
+
+
+def points(events: list[Event], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the events that have a finite number under `key`."""
+    return [
+        (float(event["step"]), float(event[key]))
+        for event in events
+        if isinstance(event.get(key), int | float) and math.isfinite(event[key])
+    ]
