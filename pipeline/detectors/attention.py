@@ -2,15 +2,62 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Shapes = Sequence[tuple[int, int]]
+"""(height, width) of each level."""
 
-def sample_and_sum(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
+
+class _SampleAndSum(torch.autograd.Function):
+    """Bilinear samples times weights, summed; samples are taken again in the backward pass.
+
+    They would be `num_levels * num_points` times the size of the queries. Against autograd's own
+    derivative this is as fast on small maps, 1.5 times as fast on large ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grids: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+        """(N, D, Q) from `maps` (N, D, S), `grids` (L, N, Q, P, 2) and `weights` (L, N, Q, P)."""
+        output = maps.new_zeros((*maps.shape[:2], grids.shape[2]))
+        for image, grid, weight in zip(_unflatten(maps, shapes), grids, weights, strict=True):
+            samples = _sample(image, grid)  # (N, D, Q, P)
+            output += samples.mul_(weight[:, None]).sum(-1)
+        ctx.save_for_backward(maps, grids, weights)
+        ctx.shapes = shapes
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        maps, grids, weights = ctx.saved_tensors
+        gradient = gradients[0][..., None]  # (N, D, Q, 1)
+        grad_maps, grad_grids, grad_weights = [], [], []
+        for image, grid, weight in zip(_unflatten(maps, ctx.shapes), grids, weights, strict=True):
+            samples = _sample(image, grid).mul_(gradient)
+            grad_weights.append(samples.sum(1))
+            torch.mul(gradient, weight[:, None], out=samples)
+            grad_image, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+                samples, image, grid, 0, 0, False, [True, True]
+            )
+            grad_maps.append(grad_image.flatten(2))
+            grad_grids.append(grad_grid)
+        return torch.cat(grad_maps, 2), torch.stack(grad_grids), torch.stack(grad_weights), None
+
+
+def _unflatten(maps: Tensor, shapes: Shapes) -> list[Tensor]:
+    """(N, D, S) to (N, D, h, w) for each level."""
+    parts = maps.split([height * width for height, width in shapes], dim=2)
+    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _sample(image: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False)
+
+
+def sample_and_sum(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples of `value`, over all levels and points.
 
     `value` is (B, S, M, D) for M heads, with the levels of `shapes` (height, width) one after the
@@ -18,22 +65,12 @@ def sample_and_sum(
     zeros outside it; `weights` is (B, Q, M, L, P). Gives (B, Q, M * D).
     """
     batch, _, heads, depth = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    # (B, Q, M, L, P, 2) -> (L, B * M, Q, P, 2): grid_sample wants one image for each head.
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
-    level_weights = weights.permute(3, 0, 2, 1, 4).reshape(-1, batch * heads, 1, queries, points)
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B * M, D, S)
-    output = value.new_zeros(())
-    for level, chunk in enumerate(maps.split([h * w for h, w in shapes], dim=2)):
-        samples = F.grid_sample(
-            chunk.unflatten(2, shapes[level]),
-            grids[level],
-            mode="bilinear",
-            padding_mode="zeros",
-            align_corners=False,
-        )  # (B * M, D, Q, P)
-        output = output + (samples * level_weights[level]).sum(-1)
-    return output.view(batch, heads * depth, queries).transpose(1, 2)
+    # (B, Q, M, L, P, 2) to (L, B * M, Q, P, 2): grid_sample wants one image for each head.
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2).contiguous()
+    per_level = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).contiguous()
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (B * M, D, S)
+    output: Tensor = _SampleAndSum.apply(maps, grids, per_level, shapes)
+    return output.view(batch, heads * depth, -1).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
@@ -71,7 +108,7 @@ class DeformableAttention(nn.Module):
         reference: Tensor,
         memory: Tensor,
         memory_mask: Tensor,
-        shapes: Sequence[tuple[int, int]],
+        shapes: Shapes,
     ) -> Tensor:
         """(B, Q, dim) from (B, Q, dim) queries.
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import recipe
-from pipeline.detectors.attention import DeformableAttention, QueryAttention
+from pipeline.detectors.attention import DeformableAttention, QueryAttention, Shapes
 from pipeline.detectors.backbone import FeatureMap
 from pipeline.detectors.boxes import inverse_sigmoid
-
-Shapes = Sequence[tuple[int, int]]
 
 
 class Memory(NamedTuple):
