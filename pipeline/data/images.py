@@ -22,6 +22,8 @@ EXTENSIONS = {
 }
 """Formats that are read, by Pillow's name, with the file extension that each is stored under."""
 
+# Pillow opens a multi-picture file as JPEG and calls it MPO afterwards.
+_OPENED_AS = [name for name in EXTENSIONS if name != "MPO"]
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,9 +96,9 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("the image file is empty")
     try:
-        image = Image.open(BytesIO(data), formats=list(EXTENSIONS))
+        image = Image.open(BytesIO(data), formats=_OPENED_AS)
     except UnidentifiedImageError:
-        known = ", ".join(sorted({*EXTENSIONS} - {"MPO"}))
+        known = ", ".join(_OPENED_AS)
         raise DataError(f"not an image of a known format ({known})") from None
     except Image.DecompressionBombError:
         raise DataError(f"the image has more than {MAX_PIXELS} pixels; scale it down") from None

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -139,8 +138,8 @@ class Index:
         stop = max(image_offset + image_size, json_offset + json_size)
         url = self.shard_url(int(self.shard[i]))
         data = self._read_range(url, start, stop)
-        image = data[image_offset - start :][:image_size]
-        annotation = data[json_offset - start :][:json_size]
+        image = data[image_offset - start : image_offset - start + image_size]
+        annotation = data[json_offset - start : json_offset - start + json_size]
         if zlib.crc32(annotation, zlib.crc32(image)) != int(columns["crc32"][i]):
             raise StorageError(
                 f"{url}: sample {i} (bytes {start} to {stop}) is not what was written; the shard "
@@ -171,10 +170,6 @@ class Index:
             )
 
     @cached_property
-    def _filesystem(self) -> fsspec.AbstractFileSystem:
-        return open_filesystem(self.url)[0]
-
-    @cached_property
     def _arrays(self) -> dict[str, NDArray[np.integer]]:
         url = f"{self.url}/{ARRAYS_FILE}"
         try:
@@ -187,10 +182,10 @@ class Index:
             return {name: arrays[name] for name in (*SAMPLE_COLUMNS, BOX_COLUMN)}
 
     def _read_range(self, url: str, start: int, stop: int) -> bytes:
-        path = self._filesystem._strip_protocol(url)
+        filesystem, path = open_filesystem(url)
         try:
             with storage_errors("read", url):
-                data = self._filesystem.cat_file(path, start=start, end=stop)
+                data = filesystem.cat_file(path, start=start, end=stop)
         except FileNotFoundError:
             raise StorageError(f"{url} is missing; run `longtail prepare` again") from None
         if len(data) != stop - start:

@@ -119,6 +119,9 @@ def prepare_source(
         if len(_unreadable_of(index)) > data.bad_sample_budget:
             raise _over_budget(source, data, _unreadable_of(index), len(record_set.records))
         return index
+    absent = [(r.key, f"{r.path}: absent") for r in record_set.records if r.num_bytes is None]
+    if len(absent) > data.bad_sample_budget:
+        raise _over_budget(source, data, absent, len(record_set.records))
     for name in present:
         if name == HEADER_FILE or name.endswith(".tmp"):
             # The old index must not outlive the first shard that is written over.
@@ -278,7 +281,7 @@ def _over_budget(
 ) -> DataError:
     shown = "; ".join(reason for _, reason in unreadable[:5])
     return DataError(
-        f"source {source.name}: {len(unreadable)} of {total} images cannot be used so far, and "
+        f"source {source.name}: {len(unreadable)} of {total} images cannot be read, and "
         f"data.bad_sample_budget allows {data.bad_sample_budget} ({shown}); mend the files, or "
         "raise the budget"
     )

@@ -64,7 +64,8 @@ def read_bytes(url: str) -> bytes:
 def list_directory(url: str) -> tuple[dict[str, int], list[str]]:
     """Files of one directory with their sizes in bytes, and its sorted subdirectories, by name.
 
-    Two empties when there is no such directory (an object store cannot tell it from an empty one).
+    Symbolic links count as what they lead to. Two empties when there is no such directory (an
+    object store cannot tell it from an empty one).
     """
     filesystem, path = open_filesystem(url)
     files: dict[str, int] = {}
@@ -76,9 +77,10 @@ def list_directory(url: str) -> tuple[dict[str, int], list[str]]:
             return files, directories
     for entry in entries:
         name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-        if entry["type"] == "directory":
+        linked = bool(entry.get("islink"))
+        if entry["type"] == "directory" or (linked and filesystem.isdir(entry["name"])):
             directories.append(name)
-        else:
+        elif not linked or filesystem.isfile(entry["name"]):
             files[name] = int(entry["size"] or 0)
     return files, sorted(directories)
 

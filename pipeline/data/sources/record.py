@@ -21,8 +21,8 @@ class Record:
 
     `path` is a path or fsspec URL; `boxes` is (N, 4) float32 xyxy in pixels, or None for one box
     over the whole image, whose size is not known before it is read; `category_ids` is (N,) int64.
-    `declared_size` is (width, height) as the annotation states it, `num_bytes` as storage lists it
-    (None where the file was not listed).
+    `declared_size` is (width, height) as the annotation states it; `num_bytes` is the size of the
+    image file as storage lists it, None where it is absent.
     """
 
     key: str
