@@ -211,8 +211,10 @@ def numbers(
 
 def _is_number(value: object, width: int) -> bool:
     if width:
-        return isinstance(value, list) and len(value) == width and all(
-            _is_number(part, 0) for part in value
+        return (
+            isinstance(value, list)
+            and len(value) == width
+            and all(_is_number(part, 0) for part in value)
         )
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

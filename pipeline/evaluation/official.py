@@ -34,9 +34,7 @@ def official_lvis(
         results = package.LVISResults(truth, _rows(truth.dataset, detections))
         evaluation = package.LVISEval(truth, results, iou_type="bbox")
         evaluation.run()
-    return {
-        key: None if value == -1 else float(value) for key, value in evaluation.results.items()
-    }
+    return {key: None if value == -1 else float(value) for key, value in evaluation.results.items()}
 
 
 def _bare(tree: Annotations, detections: Detections) -> dict[str, Any]:

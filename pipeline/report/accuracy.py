@@ -19,7 +19,7 @@ def headline(run: RunData) -> str:
     """The four figures that count, large; then every evaluation in a table, with its protocol."""
     if not run.curve:
         return '<section><p class="note">This run has not been evaluated.</p></section>'
-    last = run.evaluations[-1].results if run.evaluations else run.curve[-1]
+    last = run.curve[-1]
     large = [("AP", "all categories", ""), ("APr", "rare", "rare")]
     large += [("APc", "common", "common"), ("APf", "frequent", "frequent")]
     cards = "".join(
@@ -129,7 +129,7 @@ def _scatter(rows: Sequence[CategoryRow]) -> str:
     return figure(
         "AP of each category against its training images (line: mean of neighbours)",
         mark_legend(entries),
-        chart,
+        f'<div class="wide">{chart}</div>' if chart else "",
     )
 
 
@@ -139,10 +139,13 @@ def _describe(row: CategoryRow) -> str:
 
 
 def _trend(marks: Sequence[Mark]) -> list[tuple[float, float]]:
-    """Means of about ten groups of equal size, by training images."""
-    ordered = sorted(marks, key=lambda mark: mark.x)
-    size = max(5, math.ceil(len(ordered) / 10))
-    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    """Means of about ten groups of like size, by training images; equal counts stay together."""
+    size = max(5, math.ceil(len(marks) / 10))
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        if not groups or (len(groups[-1]) >= size and groups[-1][-1].x < mark.x):
+            groups.append([])
+        groups[-1].append(mark)
     if len(groups) > 1 and len(groups[-1]) < size / 2:
         groups[-2:] = [[*groups[-2], *groups[-1]]]
     return [
@@ -178,4 +181,4 @@ def _list_categories(title: str, rows: Sequence[CategoryRow]) -> str:
         ]
         for row in rows
     ]
-    return figure(title, table(["category", "train images", "boxes here", "AP"], cells, "names"))
+    return figure(title, table(["category", "train images", "boxes", "AP"], cells, "names"))

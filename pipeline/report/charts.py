@@ -12,7 +12,7 @@ from html import escape
 Point = tuple[float, float]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
-_MAX_POINTS = 240
+_MAX_POINTS = 100
 _HOVER_POINTS = 48
 
 
@@ -64,7 +64,7 @@ class Scale:
     def _log_ticks(self, count: int) -> list[float]:
         low = math.floor(math.log10(self.low))
         high = math.ceil(math.log10(self.high))
-        factors = (1, 2, 5) if high - low <= 2 else (1,)
+        factors = (1, 2, 5) if self.high < 1500 * self.low else (1,)
         stride = max(1, (high - low) // count)
         ticks = [
             factor * 10.0**power for power in range(low, high + 1, stride) for factor in factors
@@ -113,25 +113,28 @@ def line_chart(
     y_title: str = "",
     y_range: tuple[float, float] | None = None,
     dots: bool = False,
+    log: bool = False,
 ) -> str:
-    """Lines over steps. The y axis starts at 0, or is logarithmic where values span 30 times."""
+    """Lines over steps. The y axis starts at 0; with `log` it is logarithmic from 30 times up."""
     drawn = [Series(one.name, one.style, thin(one.points)) for one in series if one.points]
     if not drawn:
         return ""
     x_values = [x for one in drawn for x, _ in one.points]
     x_scale = Scale(min(x_values), max(max(x_values), min(x_values) + 1), _LEFT, size[0] - _RIGHT)
-    y_scale = _value_scale([y for one in drawn for _, y in one.points], size[1], y_range)
+    y_scale = _value_scale([y for one in drawn for _, y in one.points], size[1], y_range, log)
     parts = [_axes(x_scale, y_scale, size, ("step", y_title))]
     parts += [_line(one, x_scale, y_scale, dots) for one in drawn]
     return _svg(size, title, parts)
 
 
-def _value_scale(values: Sequence[float], height: int, given: tuple[float, float] | None) -> Scale:
+def _value_scale(
+    values: Sequence[float], height: int, given: tuple[float, float] | None, log: bool
+) -> Scale:
     start, end = height - _BOTTOM, _TOP
     if given is not None:
         return Scale(*given, start, end)
     low, high = min(values), max(values)
-    if 0 < low and high > 30 * low:
+    if log and 0 < low and high > 30 * low:
         return Scale(low / 1.1, high * 1.1, start, end, log=True)
     low = min(low, 0.0)
     step = round_step((high - low) / 4)

@@ -6,6 +6,10 @@ from typing import Any
 from pipeline.report.elements import section
 from pipeline.report.run_data import Example, RunData
 
+_ROW_HEIGHT = 230
+_LABELLED = 6
+"""So many of the best detections carry a label, and all rare ones; the rest show it on hover."""
+
 
 def examples_section(run: RunData) -> str:
     """A grid of the last evaluation's example pictures."""
@@ -23,15 +27,20 @@ def examples_section(run: RunData) -> str:
 
 def _picture(example: Example) -> str:
     width, height = example.width, example.height
-    unit = width / 100
+    unit = height / 62
     truth = "".join(_truth(box, unit) for box in example.ground_truth)
-    found = "".join(_detection(box, unit, width) for box in reversed(example.detections))
+    found = "".join(
+        _detection(box, unit, width, place < _LABELLED or box["frequency"] == "r")
+        for place, box in reversed(list(enumerate(example.detections)))
+    )
     rare = sorted({box["name"] for box in example.ground_truth if box["frequency"] == "r"})
     caption = f"Image {example.image_id}, {len(example.ground_truth)} boxes"
     if rare:
         caption += f'; rare: <span class="rare">{escape(", ".join(rare))}</span>'
+    ratio = width / height
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" '
+        f'<figure style="flex:{ratio:.3f} 1 {ratio * _ROW_HEIGHT:.0f}px">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="image {example.image_id} with boxes">'
         f'<image href="{example.url}" width="{width}" height="{height}"/>{truth}{found}</svg>'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -53,7 +62,7 @@ def _truth(box: dict[str, Any], unit: float) -> str:
     )
 
 
-def _detection(box: dict[str, Any], unit: float, width: int) -> str:
+def _detection(box: dict[str, Any], unit: float, width: int, labelled: bool) -> str:
     style = "found rare" if box["frequency"] == "r" else "found"
     name, score = escape(box["name"]), float(box["score"])
     x, y, *_ = (float(value) for value in box["bbox"])
@@ -61,9 +70,11 @@ def _detection(box: dict[str, Any], unit: float, width: int) -> str:
     label = f"{box['name']} {score:.2f}"
     left = max(0.0, min(x, width - 0.56 * size * len(label)))
     top = y - 0.35 * size if y > 1.4 * size else y + size
+    text = (
+        f'<text x="{left:.1f}" y="{top:.1f}" style="font-size:{size:.1f}px;'
+        f'stroke-width:{0.22 * size:.1f}px">{escape(label)}</text>'
+    )
     return (
         f'<g class="{style}"><rect {_frame(box)} style="stroke-width:{0.5 * unit:.2f}">'
-        f"<title>{name}, score {score:.3f}</title></rect>"
-        f'<text x="{left:.1f}" y="{top:.1f}" style="font-size:{size:.1f}px;'
-        f'stroke-width:{0.22 * size:.1f}px">{escape(label)}</text></g>'
+        f"<title>{name}, score {score:.3f}</title></rect>{text if labelled else ''}</g>"
     )

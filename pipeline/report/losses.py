@@ -35,12 +35,20 @@ def losses_section(run: RunData) -> str:
         _plain(run.steps, "grad_norm", "Gradient norm"),
     ]
     note = "Terms are as weighted by the recipe; curves are averaged over neighbouring steps."
-    if _of_stream(run.steps, extra=True):
+    if _streams_apart(run.steps):
         note += " Steps of the extra (image-level) stream are drawn dashed, apart from the rest."
     return section("Training", f'<p class="note">{note}</p><div class="grid2">', *charts, "</div>")
 
 
+def _streams_apart(steps: Sequence[Event]) -> bool:
+    """Whether lines are of single steps, of both streams; longer windows mix the streams."""
+    streams = {event.get("stream") for event in steps}
+    return {"train", "extra"} <= streams and steps[-1]["step"] - steps[0]["step"] < len(steps)
+
+
 def _of_stream(steps: Sequence[Event], extra: bool) -> list[Event]:
+    if not _streams_apart(steps):
+        return [] if extra else list(steps)
     return [event for event in steps if (event.get("stream") == "extra") == extra]
 
 
@@ -84,12 +92,18 @@ def _term(steps: Sequence[Event], base: str, keys: Sequence[str]) -> str:
 
 
 def _plain(steps: Sequence[Event], key: str, title: str) -> str:
-    return _figure(title, [Series(title.lower(), "c1", points(list(steps), key))])
+    values = points(list(steps), key)
+    return _figure(title, [Series(title.lower(), "c1", values)], log=False)
 
 
-def _figure(title: str, series: Sequence[Series]) -> str:
-    chart = line_chart(series, f"{title} over steps")
-    entries = [(one.name, one.style) for one in series if one.points and one.style != "faint"]
+def _figure(title: str, series: Sequence[Series], log: bool = True) -> str:
+    chart = line_chart(series, f"{title} over steps", log=log)
+    # The note above explains dashes, and all earlier layers share one entry.
+    entries = [
+        (one.name, one.style)
+        for one in reversed(series)
+        if one.points and one.style in ("c1", "c2", "c3")
+    ]
     if any(one.style == "faint" and one.points for one in series):
         entries.append(("earlier decoder layers", "faint"))
     return figure(title, legend(entries) if len(entries) > 1 else "", chart)

@@ -111,7 +111,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Event]:
         if isinstance(event, dict) and isinstance(event.get("step"), int):
             events.append(event)
     if unreadable:
-        notes.append(f"{unreadable} incomplete lines of metrics.jsonl were left out.")
+        notes.append(f"Incomplete lines of metrics.jsonl that were left out: {unreadable}.")
     return events
 
 

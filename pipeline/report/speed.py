@@ -27,17 +27,23 @@ def speed_section(run: RunData) -> str:
 
 def training_seconds(steps: list[Event]) -> float:
     """Time inside steps; a step that a resumed run repeated counts once."""
-    return sum(value for _, value in points(steps, "seconds"))
+    return _spent(steps, "seconds")
+
+
+def _spent(steps: list[Event], key: str) -> float:
+    """Sum over all steps of a figure that each line states as the mean since the line before."""
+    total, before = 0.0, 0.0
+    for step, value in points(steps, key):
+        total += value * (step - before)
+        before = step
+    return total
 
 
 def _shares(steps: list[Event]) -> str:
     total = training_seconds(steps)
     if total <= 0:
         return ""
-    parts = [
-        (label, style, min(sum(value for _, value in points(steps, key)) / total, 1.0))
-        for key, label, style in _WAITS
-    ]
+    parts = [(label, style, min(_spent(steps, key) / total, 1.0)) for key, label, style in _WAITS]
     parts.insert(0, ("compute", "c1", max(0.0, 1 - sum(share for _, _, share in parts))))
     items = "".join(
         f'<li><i class="{style}"></i>{label} <b>{share:.1%}</b> ({duration(share * total)})</li>'

@@ -57,9 +57,7 @@ def fixed_detector() -> FixedDetector:
 def test_queries_and_categories_compete_for_the_places() -> None:
     detector = fixed_detector()
     done: list[int] = []
-    found = detect(
-        detector, [batch(11, 5), batch(9)], "cpu", 4, VOCABULARY, progress=done.append
-    )
+    found = detect(detector, [batch(11, 5), batch(9)], "cpu", 4, VOCABULARY, progress=done.append)
     assert done == [2, 1]
     assert found.image_id.tolist() == [11] * 4 + [5] * 4 + [9] * 4
     assert found.images is not None and found.images.tolist() == [11, 5, 9]

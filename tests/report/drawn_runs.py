@@ -77,7 +77,7 @@ def photograph(image_id: int) -> bytes:
 def write_evaluation(run_dir: Path, step: int, skill: float, num_categories: int = 60) -> None:
     """An evaluation whose AP grows with `skill` and with a category's training images."""
     rng = np.random.default_rng(1)
-    counts = np.maximum(1, (2000 / np.arange(1, num_categories + 1) ** 1.6)).astype(int)
+    counts = np.maximum(1, (2000 / np.arange(1, num_categories + 1) ** 1.45)).astype(int)
     categories, images, annotations, rows = [], [], [], []
     for column, count in enumerate(counts.tolist()):
         frequency = "r" if count <= 10 else "c" if count <= 100 else "f"

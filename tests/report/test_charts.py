@@ -1,0 +1,76 @@
+"""Scales, ticks and thinning: a chart that is drawn wrongly says something untrue."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.report.charts import (
+    Mark,
+    Scale,
+    Series,
+    bar_chart,
+    format_number,
+    line_chart,
+    scatter_chart,
+    thin,
+)
+
+finite = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@given(low=finite, span=st.floats(1e-6, 1e6), count=st.integers(2, 9))
+def test_linear_ticks_are_inside_even_and_few(low: float, span: float, count: int) -> None:
+    ticks = Scale(low, low + span, 0, 100).ticks(count)
+    assert len(ticks) <= count + 1
+    assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in ticks)
+
+
+@given(low=st.floats(1e-6, 1e5), ratio=st.floats(1.5, 1e7))
+def test_log_ticks_are_inside(low: float, ratio: float) -> None:
+    scale = Scale(low, low * ratio, 0, 100, log=True)
+    for tick in scale.ticks():
+        assert low * (1 - 1e-6) <= tick <= low * ratio * (1 + 1e-6)
+    assert scale(low) == pytest.approx(0, abs=1e-6)
+    assert scale(low * ratio) == pytest.approx(100, abs=1e-6)
+    assert scale(low * math.sqrt(ratio)) == pytest.approx(50, abs=1e-3)
+
+
+@given(st.lists(st.tuples(finite, finite), max_size=700))
+def test_thinning_keeps_the_mean_and_the_order(points: list[tuple[float, float]]) -> None:
+    points.sort()
+    thinned = thin(points, 50)
+    assert len(thinned) <= 50
+    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+    if len(points) <= 50:
+        assert thinned == points
+
+
+def test_numbers_are_short() -> None:
+    values = (0, 1e-4, 2.5e-5, 0.25, 12.5, 1234, 2.5e6)
+    shown = ["0", "1e-4", "2.5e-5", "0.25", "12.5", "1,234", "2.5M"]
+    assert [format_number(value) for value in values] == shown
+
+
+def test_a_line_is_where_its_values_are() -> None:
+    chart = line_chart([Series("a", "c1", [(0, 0.0), (50, 5.0), (100, 10.0)])], "t")
+    path = re.search(r'points="([^"]*)"', chart)
+    assert path is not None
+    places = [tuple(map(float, pair.split(","))) for pair in path[1].split()]
+    assert places[1][0] == pytest.approx((places[0][0] + places[2][0]) / 2, abs=0.1)
+    assert places[1][1] == pytest.approx((places[0][1] + places[2][1]) / 2, abs=0.1)
+    assert places[0][1] > places[2][1]  # larger values are higher up
+
+
+def test_charts_of_nothing_and_of_one_point() -> None:
+    assert line_chart([Series("a", "c1", [])], "t") == ""
+    assert scatter_chart([], [], "t", ("x", "y")) == ""
+    assert "circle" in line_chart([Series("a", "c1", [(3, 0.0)])], "t")
+    assert "mark rare" in scatter_chart([Mark(1, 0.5, "rare", "one")], [], "t", ("x", "y"))
+
+
+def test_an_undefined_bar_is_said_to_be_so() -> None:
+    chart = bar_chart([("APr", "rare", None), ("APf", "frequent", 0.5)], "t")
+    assert "undefined" in chart and 'width="0.0"' in chart
