@@ -56,7 +56,7 @@ class State:
     updates: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """Where a run stands: steps done, steps skipped among them, and the plan that they follow."""
 

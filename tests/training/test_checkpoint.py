@@ -137,11 +137,11 @@ def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path, stage: int) 
 def test_any_stage_and_world_size_continues_any_other(tmp_path: Path) -> None:
     stages = [0, 1, 2, 3]
     expected: dict[str, list[float]] = {}
-    for world in (1, 2, 4):
+    for world in (1, 2):
         losses = run_ranks(start_all, world, str(tmp_path), stages)[0]
         expected |= {f"stage{s}_world{world}": losses[s] for s in stages}
     pairs = list(itertools.product(expected, stages))
-    for world in (1, 2, 4):
+    for world in (1, 2):
         for (saved, stage), losses in zip(
             pairs, run_ranks(continue_all, world, str(tmp_path), pairs)[0], strict=True
         ):

@@ -1,0 +1,322 @@
+"""The training loop: from the newest checkpoint to the last step, alike on every rank."""
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.shards import load_index, shards_url
+from pipeline.data.stream import StepBatches, Stream
+from pipeline.data.vocabulary import Vocabulary
+from pipeline.detectors.interface import LossContext
+from pipeline.errors import LongtailError, RecipeError, StopRequested
+from pipeline.progress import Progress as ProgressBar
+from pipeline.recipe import Losses, Recipe
+from pipeline.semantics.teacher import Teacher
+from pipeline.training.agreement import agree_on_step, gather_strings, on_first_rank
+from pipeline.training.build import build_student
+from pipeline.training.checkpoint import (
+    Progress,
+    find_source,
+    initialize,
+    load_state,
+    restore,
+    save,
+)
+from pipeline.training.engine import (
+    Engine,
+    init_process_group,
+    num_micro_batches,
+    schedule_factor,
+)
+from pipeline.training.log import RunLog, Window, run_lock
+from pipeline.training.manifest import newest_verified, read_manifest, refuse_another_recipe
+
+logger = logging.getLogger(__name__)
+
+CheckIn = Callable[[int, float | None], bool]
+"""Told the number of finished steps and the last logged loss; True asks the run to stop."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a rank holds while it trains. `image_counts` is (C,): training images by column."""
+
+    recipe: Recipe
+    vocabulary: Vocabulary
+    image_counts: NDArray[np.int64]
+    stream: Stream
+    engine: Engine
+    teacher: Teacher | None
+
+
+def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
+    """Train a stage from its newest checkpoint, or from its beginning, to its last step.
+
+    Every rank of the default process group calls it with the same recipe; shards and teacher are
+    there. It saves a checkpoint every `checkpoint_every` steps and after the last one. When
+    `check_in` of any rank is True, all ranks save in the same step and raise `StopRequested`.
+    """
+    init_process_group()
+    section = recipe.training
+    with ExitStack() as stack:
+        resumed = on_first_rank(lambda: open_run_dir(recipe, stack))
+        if resumed is not None and read_manifest(resumed).step >= section.steps:
+            return
+        run, progress = start(recipe, device, resumed)
+        log = stack.enter_context(RunLog(recipe, progress.step)) if dist.get_rank() == 0 else None
+        steps = run.stream.iterate(progress.step, section.steps)
+        saved, loss, window = progress.step if resumed else None, None, Window()
+        while progress.step < section.steps:
+            with window.timed("data_wait"):
+                batches, failure = next_batches(steps)
+            stop = check_in(progress.step, loss)
+            facts = agree_on_step(batches, failure, stop, run.vocabulary.num_categories, device)
+            if facts.stop or batches is None:
+                if saved != progress.step:
+                    save_checkpoint(run, progress)
+                raise StopRequested(f"{recipe.run_dir}: stopped after step {progress.step}")
+            columns = class_columns(
+                facts.present, run.image_counts, recipe.detector.losses, recipe.seed, progress.step
+            )
+            on_device = None if columns is None else torch.from_numpy(columns).to(device)
+            context = LossContext(max(1.0, facts.num_boxes), on_device)
+            suspects = run_step(run, batches, context, window)
+            progress.step += 1
+            if suspects is not None:
+                progress.skipped_steps += 1
+                report_skipped(run, progress, suspects, log)
+            done = progress.step == section.steps
+            if done or progress.step % section.log_every == 0:
+                rate = section.learning_rate * schedule_factor(batches.step, section)
+                values = window.values(section, rate, device)
+                loss = values["loss"]
+                if log is not None:
+                    log.write("step", progress.step, values)
+            if done or progress.step % section.checkpoint_every == 0:
+                save_checkpoint(run, progress)
+                saved = progress.step
+        check_in(progress.step, loss)
+
+
+def open_run_dir(recipe: Recipe, stack: ExitStack) -> Path | None:
+    """Take the run directory for this process until `stack` closes; the checkpoint to go on from.
+
+    Raises `RecipeError` when the run was started by another recipe.
+    """
+    stack.enter_context(run_lock(recipe.run_dir))
+    directory = newest_verified(recipe.run_dir)
+    if directory is not None:
+        refuse_another_recipe(directory, recipe)
+    return directory
+
+
+def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[Run, Progress]:
+    """Everything that a rank needs, with the weights and moments of `resumed` where it is given,
+    else with the first weights of the recipe."""
+    data, section = recipe.data, recipe.training
+    sources = {s.name: s for s in (*data.train, *data.extra, data.vocabulary_source)}
+    indexes = {name: load_index(shards_url(data, source)) for name, source in sources.items()}
+    counted = indexes[data.vocabulary_source.name]
+    vocabulary, world_size = counted.vocabulary, dist.get_world_size()
+    stream = Stream(
+        data,
+        section,
+        indexes,
+        vocabulary,
+        seed=recipe.seed,
+        rank=dist.get_rank(),
+        world_size=world_size,
+    )
+    student, teacher = build_student(recipe, vocabulary, device, pretrained=resumed is None)
+    progress, state = Progress(0, 0, stream.plan.state()), None
+    if resumed is not None:
+        manifest = read_manifest(resumed)
+        stream.plan.check(manifest.plan)
+        state = load_state(resumed)
+        restore(student, state, resumed, vocabulary)
+        progress.step, progress.skipped_steps = manifest.step, manifest.skipped_steps
+    elif recipe.initialize_from is not None:
+        source = on_first_rank(lambda: find_source(recipe))
+        report = initialize(student.detector, source, vocabulary)
+        if dist.get_rank() == 0:
+            logger.info("%s", report)
+    accumulation = num_micro_batches(section.batch_size, section.micro_batch, world_size)
+    engine = Engine(student, section, accumulation, state)
+    counts = counted.image_counts()
+    image_counts = np.array([counts[number] for number in vocabulary.ids], dtype=np.int64)
+    return Run(recipe, vocabulary, image_counts, stream, engine, teacher), progress
+
+
+def next_batches(
+    steps: Iterator[StepBatches],
+) -> tuple[StepBatches | None, LongtailError | None]:
+    """The next step's batches, or why they cannot be had, for all ranks to learn."""
+    try:
+        return next(steps), None
+    except LongtailError as error:
+        return None, error
+
+
+def class_columns(
+    present: NDArray[np.bool_],
+    image_counts: NDArray[np.int64],
+    section: Losses,
+    seed: int,
+    step: int,
+) -> NDArray[np.int64] | None:
+    """Columns of the federated class loss in a step (Zhou et al. 2021), ascending, or None for all.
+
+    Those that are present in the global batch, filled up to `federated_categories` with others
+    drawn without replacement, with probability proportional to image_count ** federated_power. A
+    pure function of its arguments.
+    """
+    if not 0 < section.federated_categories < len(present):
+        return None
+    uniform = np.random.Generator(np.random.Philox(key=[seed, step])).random(len(present))
+    weights = image_counts.astype(np.float64) ** section.federated_power
+    weights[(image_counts == 0) | present] = 0
+    # The largest values of u ** (1 / w) are a weighted sample (Efraimidis and Spirakis 2006).
+    with np.errstate(divide="ignore"):
+        keys = np.where(weights > 0, np.log(uniform) / weights, -np.inf)
+    number = max(0, section.federated_categories - int(present.sum()))
+    drawn = np.argsort(-keys, kind="stable")[:number]
+    drawn = drawn[weights[drawn] > 0]
+    return np.union1d(np.flatnonzero(present), drawn)
+
+
+def run_step(
+    run: Run, batches: StepBatches, context: LossContext, window: Window
+) -> list[str] | None:
+    """Forward and backward of each micro-batch, then one update.
+
+    None when the weights were updated; else, since a loss or gradient of some rank is not finite,
+    the samples of this rank's micro-batches with such a loss.
+    """
+    engine = run.engine
+    assert len(batches.micro_batches) == engine.accumulation
+    # Only dropout draws from it. It follows from the step, so a restart changes nothing.
+    entropy = [run.recipe.seed, batches.step, dist.get_rank()]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    sums: dict[str, Tensor] = {}
+    totals = []
+    for batch in batches.micro_batches:
+        batch = batch.to(engine.device)
+        soft_labels = None
+        if run.teacher is not None:
+            with window.timed("teacher_wait"):
+                soft_labels = run.teacher.soft_labels(batch)
+        losses = engine.forward(batch.images, batch.mask, batch.targets, context, soft_labels)
+        totals.append(engine.backward(losses))
+        for name, loss in losses.items():
+            sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
+    norm = engine.step(batches.step)
+    window.add(batches, sums, norm)
+    if math.isfinite(norm):
+        return None
+    spoilt = [b for b, t in zip(batches.micro_batches, totals, strict=True) if not t.isfinite()]
+    return [sample for batch in spoilt for sample in batch.sample_ids]
+
+
+def report_skipped(run: Run, progress: Progress, own: list[str], log: RunLog | None) -> None:
+    """Record the samples that spoilt a step; raises `RecipeError` after too many such steps."""
+    samples = gather_strings(own)
+    named = ", ".join(samples[:8]) or "none by its loss, some by its gradient"
+    if log is not None:
+        log.write("skipped", progress.step, {"sample_ids": samples})
+        logger.warning("step %d is left out, for it is not finite: %s", progress.step, named)
+    allowed = run.recipe.training.max_skipped_steps
+    if progress.skipped_steps > allowed:
+        raise RecipeError(
+            f"{progress.skipped_steps} steps had a loss or gradient that is not finite, more than "
+            f"training.max_skipped_steps {allowed}; samples of the last: {named} (all are in "
+            f"{run.recipe.run_dir / 'metrics.jsonl'}). Lower training.learning_rate or "
+            "training.clip_norm, or use precision float32"
+        )
+
+
+def save_checkpoint(run: Run, progress: Progress) -> None:
+    """Gather the state from all ranks and publish it on the first."""
+    state, world_size = run.engine.state(), dist.get_world_size()
+
+    def publish() -> None:
+        assert state is not None
+        save(state, progress, run.recipe, run.vocabulary, world_size)
+
+    on_first_rank(publish)
+
+
+def train_here(recipe: Recipe) -> None:
+    """Train in this process: as one of torchrun's workers, or alone, without Ray.
+
+    SIGTERM and SIGINT save a checkpoint and raise `StopRequested`; a second one kills.
+    """
+    device = worker_device(recipe)
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        stack.enter_context(process_group(device))
+        first = dist.get_rank() == 0
+        shown = stack.enter_context(ProgressBar(f"train {recipe.name}", "steps")) if first else None
+
+        def check_in(step: int, loss: float | None) -> bool:
+            if shown is not None:
+                note = "" if loss is None else f"loss {loss:.4g}"
+                shown.update(step, recipe.training.steps, note)
+            return stop.is_set()
+
+        train(recipe, device, check_in)
+
+
+def worker_device(recipe: Recipe) -> torch.device:
+    """This worker's GPU, where the recipe asks for one and there is one; else the CPU."""
+    if recipe.cluster.gpus_per_worker == 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group: of torchrun's environment, or of this process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the next one acts as if not caught."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
