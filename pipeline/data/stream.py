@@ -3,9 +3,11 @@
 import logging
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -107,14 +109,14 @@ class Stream:
         steps = range(start_step, stop_step)
         jobs = (job for step in steps for job in self._jobs(step))
         number = len(self._jobs(start_step)) if steps else 0
-        readings = read_ahead(self._reader, jobs, workers=self._workers, depth=number)
-        for step in steps:
-            batches = []
-            for _ in range(number):
-                reading = next(readings)
-                self.ledger.add(reading)
-                batches.append(_batch_of(reading))
-            yield StepBatches(step, batches, self.plan.kind(step), self.plan.sources(step))
+        ahead = read_ahead(self._reader, jobs, workers=self._workers, depth=number)
+        with closing(ahead) as readings:
+            for step in steps:
+                batches = []
+                for reading in islice(readings, number):
+                    self.ledger.add(reading)
+                    batches.append(_batch_of(reading))
+                yield StepBatches(step, batches, self.plan.kind(step), self.plan.sources(step))
 
     def _jobs(self, step: int) -> list[list[Slot]]:
         slots = self.plan.step(step, self._rank, self._world_size)
@@ -139,8 +141,10 @@ class EvaluationSet:
         start = rank * self.num_images // world_size
         stop = (rank + 1) * self.num_images // world_size
         jobs = (range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size))
-        for reading in read_ahead(self._reader, jobs, workers=self._workers, depth=1):
-            yield _batch_of(reading)
+        ahead = read_ahead(self._reader, jobs, workers=self._workers, depth=1)
+        with closing(ahead) as readings:
+            for reading in readings:
+                yield _batch_of(reading)
 
 
 def source_readers(
@@ -178,7 +182,7 @@ def training_plan(
 
 def read_ahead(
     reader: Reader[Job], jobs: Iterable[Job], *, workers: int, depth: int
-) -> Iterator[Reading]:
+) -> Generator[Reading]:
     """`reader[job]` of each job in order, while the next `depth` jobs are already being read.
 
     With `workers` the reading is done in so many processes, else in one thread.
@@ -205,7 +209,7 @@ def read_ahead(
 
 def _read_in_thread(
     reader: Reader[Job], jobs: Iterable[Job], depth: int, pin_memory: bool
-) -> Iterator[Reading]:
+) -> Generator[Reading]:
     def read(job: Job) -> Reading:
         reading = reader[job]
         return reading.pin_memory() if pin_memory else reading
