@@ -1,0 +1,71 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pipeline.data.batch import Targets
+from pipeline.detectors.dino.losses import pad_targets
+from pipeline.detectors.dino.matcher import assign, match, matching_costs
+from pipeline.recipe import Losses
+
+MakeTargets = Callable[..., list[Targets]]
+
+
+def test_assignment_is_the_cheapest_of_all() -> None:
+    random = np.random.default_rng(0)
+    costs = random.normal(size=(3, 5, 3)).astype(np.float32)
+    image, query, box = assign(costs, image=2)
+    assert (image == 2).all()
+    for layer in range(3):
+        best = min(
+            sum(costs[layer, q, b] for b, q in enumerate(order))
+            for order in itertools.permutations(range(5), 3)
+        )
+        assert math.isclose(costs[layer, query[layer], box[layer]].sum(), best, rel_tol=1e-5)
+
+
+def predictions(queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, queries, 12, generator=generator)
+    return logits, torch.rand(2, 3, queries, 4, generator=generator) * 0.4 + 0.3
+
+
+def test_matches_are_one_to_one_and_know_the_right_query(make_targets: MakeTargets) -> None:
+    targets = make_targets([2, 0, 4])
+    logits, boxes = predictions(9)
+    for layer, image in itertools.product(range(2), (0, 2)):
+        for box, label in enumerate(targets[image].labels):
+            query = 2 * box + layer
+            boxes[layer, image, query] = targets[image].boxes[box]
+            logits[layer, image, query, label] = 8.0
+    matches = match(Losses(), logits, boxes, pad_targets(targets, None, 12))
+    assert matches.finite and matches.image.shape == (2, 6)
+    for layer in range(2):
+        assert matches.image[layer].tolist() == [0, 0, 2, 2, 2, 2]
+        assert matches.query[layer].tolist() == [2 * int(b) + layer for b in matches.box[layer]]
+
+
+def test_unlabelled_boxes_cost_no_class(make_targets: MakeTargets) -> None:
+    target = make_targets([2])[0]
+    blind = Targets(target.boxes, torch.full((2,), -1), 0, (64, 64), (64, 64))
+    logits, boxes = (x[:, :1] for x in predictions(5))
+    costs = matching_costs(Losses(), logits, boxes, pad_targets([blind], None, 12))
+    other = matching_costs(Losses(), logits * 3 + 1, boxes, pad_targets([blind], None, 12))
+    torch.testing.assert_close(costs, other)
+
+
+def test_costs_that_are_not_finite_are_reported(make_targets: MakeTargets) -> None:
+    targets = make_targets([2, 1, 0])
+    logits, boxes = predictions(5)
+    logits[0, 0, 3] = torch.nan
+    matches = match(Losses(), logits, boxes, pad_targets(targets, None, 12))
+    assert not matches.finite and 3 not in matches.query[0, :2].tolist()
+
+
+def test_more_boxes_than_queries(make_targets: MakeTargets) -> None:
+    logits, boxes = predictions(4)
+    matches = match(Losses(), logits, boxes, pad_targets(make_targets([6, 0, 1]), None, 12))
+    assert matches.image[0].tolist() == [0, 0, 0, 0, 2]
+    assert len(set(matches.box[0, :4].tolist())) == 4
