@@ -62,8 +62,10 @@ Result = TypeVar("Result")
 
 
 class RunTasks(Protocol):
-    """Calls `function(argument)` for each argument, perhaps elsewhere and in any order, and yields
-    (position of the argument, result) as they finish."""
+    """Calls `function(argument)` for each argument, perhaps elsewhere and in any order.
+
+    Yields (position of the argument, result) as they finish.
+    """
 
     def __call__(
         self, function: Callable[[Argument], Result], arguments: Sequence[Argument], /
@@ -81,8 +83,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One finished shard: its file, the columns of its samples, and (key, reason) of what could
-    not be read."""
+    """One finished shard; `unreadable` are (key, reason) of the images that it lacks."""
 
     shard: ShardFile
     inputs_digest: str
@@ -126,7 +127,7 @@ def prepare_source(
         if name == HEADER_FILE or name.endswith(".tmp"):
             # The old index must not outlive the first shard that is written over.
             remove(f"{url}/{name}")
-    infos = _write_missing(source, data, tasks, present, (run_tasks, progress))
+    infos = _write_missing(source, data, tasks, present, run_tasks, progress)
     unreadable = [entry for info in infos for entry in info.unreadable]
     index = write_index(
         url,
@@ -237,10 +238,10 @@ def _write_missing(
     data: Data,
     tasks: Sequence[ShardTask],
     present: dict[str, int],
-    how: tuple[RunTasks, Callable[[int, int], None] | None],
+    run_tasks: RunTasks,
+    progress: Callable[[int, int], None] | None,
 ) -> list[ShardInfo]:
     """What every task gives, in their order; those whose shard is finished are not run."""
-    run_tasks, progress = how
     infos = [_finished_shard(task, present) for task in tasks]
     missing = [i for i, info in enumerate(infos) if info is None]
     total = sum(len(task.records) for task in tasks)

@@ -112,6 +112,11 @@ def test_extension_is_of_the_bytes() -> None:
     image = Image.fromarray(RAMP)
     for format, extension in [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")]:
         assert image_extension(encoded(image, format)) == extension
+    # What some phones write: several JPEGs in one file, of which the first is the photograph.
+    several = encoded(image, "MPO", save_all=True, append_images=[image.resize((4, 4))])
+    assert Image.open(BytesIO(several)).format == "MPO"
+    assert image_extension(several) == "jpg" and image_size(several) == (48, 32)
+    assert pixels(several).shape == (32, 48, 3)
 
 
 @pytest.mark.parametrize(

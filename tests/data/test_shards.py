@@ -212,7 +212,7 @@ def test_every_truncation_and_bit_flip_of_a_shard_is_noticed(tmp_path: Path) -> 
             try:
                 assert same(index.read(i), samples[i])
             except StorageError as error:
-                assert "000000.tar" in str(error)
+                assert "000000.tar" in str(error) and "bytes came instead of" in str(error)
         with pytest.raises(StorageError, match=r"000000\.tar has another sha256"):
             index.verify()
     columns = index._arrays

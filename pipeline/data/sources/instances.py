@@ -121,6 +121,8 @@ def clip_box(
     """The part of a box that lies in its image; counted where that changes it."""
     width, height = float(image["width"]), float(image["height"])
     x0, y0, x1, y1 = box
+    if x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
+        return box
     clipped = (
         min(max(x0, 0.0), width),
         min(max(y0, 0.0), height),
