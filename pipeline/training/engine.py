@@ -77,6 +77,7 @@ def init_process_group(backend: str | None = None) -> None:
     if isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", "0")
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
 

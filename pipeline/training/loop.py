@@ -3,13 +3,10 @@
 import logging
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from pipeline.errors import LongtailError, RecipeError, StopRequested
 from pipeline.progress import Progress as ProgressBar
 from pipeline.recipe import Losses, Recipe
 from pipeline.semantics.teacher import Teacher
+from pipeline.signals import stop_signals
 from pipeline.training.agreement import agree_on_step, gather_strings, on_first_rank
 from pipeline.training.build import build_student
 from pipeline.training.checkpoint import (
@@ -301,22 +299,3 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the next one acts as if not caught."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, _: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

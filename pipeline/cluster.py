@@ -1,0 +1,352 @@
+"""Ray: tasks, training workers, and what happens when a process dies or is asked to stop.
+
+Our own checkpoints in the run directory are the only state that outlives a failure. Ray restarts
+workers; each time they start from the newest checkpoint that verifies. This module does not import
+torch: the driver stays small.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline import errors
+from pipeline.errors import LongtailError, StopRequested
+from pipeline.recipe import Cluster, Recipe
+from pipeline.signals import stop_signals
+
+# Ray reads these when it is imported or started; what the user has set stays.
+os.environ.update(
+    {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        **os.environ,
+    }
+)
+
+import ray
+from ray.exceptions import RayTaskError
+
+logger = logging.getLogger(__name__)
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+OnProgress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and a note with the newest figures."""
+
+PROCESS_GROUP_TIMEOUT_S = 600
+POLL_S = 0.5
+
+
+def start_ray(section: Cluster) -> None:
+    """Connect to the cluster of the recipe, or start one on this machine's loopback address.
+
+    Does nothing when this process has one. Ray asks every caller for a token, kept in a file that
+    only this user may read.
+    """
+    if ray.is_initialized():
+        return
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if section.address is not None:
+        ray.init(address=section.address, **common)
+        return
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
+    workers = section.workers * section.cpus_per_worker
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, -int(-workers // 1)),
+        object_store_memory=section.object_store_megabytes * 2**20,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
+
+
+def run_tasks(
+    function: Callable[[Argument], Result], arguments: Sequence[Argument]
+) -> Iterator[tuple[int, Result]]:
+    """`function(argument)` of each argument as Ray tasks; yields (position, result) as they end.
+
+    A few more tasks than CPUs are under way at a time. A task whose worker dies is tried again;
+    what a task raises is raised here. SIGTERM and SIGINT raise `StopRequested` between results.
+    """
+    remote = ray.remote(max_retries=3)(_call)
+    limit = 2 * int(ray.cluster_resources().get("CPU", 1))
+    waiting = deque(enumerate(arguments))
+    under_way: dict[Any, int] = {}
+    shared = ray.put(function)
+    with stop_signals() as stop:
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < limit:
+                    position, argument = waiting.popleft()
+                    under_way[remote.remote(shared, argument, os.getcwd())] = position
+                ready, _ = ray.wait(list(under_way), timeout=POLL_S)
+                if stop.is_set():
+                    raise StopRequested("stopped on request; finished parts are kept")
+                for reference in ready:
+                    position = under_way.pop(reference)
+                    yield position, _unwrapped(reference)
+        finally:
+            for reference in under_way:
+                ray.cancel(reference, force=True)
+
+
+def run_alone(
+    function: Callable[[Argument, OnProgress], Result],
+    argument: Argument,
+    section: Cluster,
+    on_progress: OnProgress,
+) -> Result:
+    """`function(argument, report)` as one Ray task that holds the CPUs of all training workers.
+
+    What the task reports comes to `on_progress`. It is tried again when its process dies; SIGTERM
+    and SIGINT end it and raise `StopRequested`.
+    """
+    start_ray(section)
+    office = ray.remote(num_cpus=0)(_Office).remote()
+    cpus = max(1, int(section.workers * section.cpus_per_worker))
+    gpus = 1 if section.gpus_per_worker else 0
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
+    reference = remote.remote(function, argument, (office, cpus, os.getcwd()))
+
+    def show() -> None:
+        progress, _ = ray.get(office.news.remote())
+        if progress is not None:
+            on_progress(*progress)
+
+    try:
+        with stop_signals() as stop:
+            while not ray.wait([reference], timeout=POLL_S)[0]:
+                show()
+                if stop.is_set():
+                    ray.cancel(reference, force=True)
+                    raise StopRequested(
+                        "stopped on request; the same command begins this part anew"
+                    )
+        show()
+        result: Result = _unwrapped(reference)
+        return result
+    finally:
+        ray.kill(office)
+
+
+def stop_ray() -> None:
+    """Leave the cluster, and end the one that `start_ray` started; does nothing without one."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> None:
+    """Train a stage on Ray workers, from its newest checkpoint, through failures of workers.
+
+    SIGTERM or SIGINT to this process make all workers save a checkpoint; then `StopRequested` is
+    raised. What a worker raises as a `LongtailError` is raised here as the same class.
+    """
+    start_ray(recipe.cluster)
+    office = ray.remote(num_cpus=0)(_Office).remote()
+    storage = tempfile.mkdtemp(prefix="longtail_ray_train_")
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _make_trainer(recipe, office, storage).fit()
+        except Exception as error:  # raised again in the main thread
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="ray train")
+    try:
+        with stop_signals() as stop:
+            thread.start()
+            asked = False
+            while thread.is_alive():
+                thread.join(POLL_S)
+                if stop.is_set() and not asked:
+                    asked = True
+                    office.stop.remote()
+                _show(office, recipe, on_progress)
+        _show(office, recipe, on_progress)
+        error = ray.get(office.error.remote())
+        if error is not None:
+            name, message = error
+            raise getattr(errors, name)(message)
+        if failure:
+            raise failure[0]
+    finally:
+        ray.kill(office)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+class _Office:
+    """An actor between driver and workers: a wish to stop goes in, progress and errors come out.
+
+    Only plain values pass through it, so it survives whatever the workers go through.
+    """
+
+    def __init__(self) -> None:
+        self._stop = False
+        self._error: tuple[str, str] | None = None
+        self._progress: tuple[int, float | None] | None = None
+        self._messages: list[tuple[int, str]] = []
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def report(self, step: int, loss: float | None) -> bool:
+        """Take a worker's progress; whether it should stop."""
+        self._progress = (step, loss)
+        return self._stop
+
+    def report_task(self, news: tuple[int, int, str]) -> None:
+        self._progress = news
+
+    def log(self, level: int, message: str) -> None:
+        self._messages.append((level, message))
+
+    def fail(self, name: str, message: str) -> None:
+        """Keep the first error of a worker."""
+        self._error = self._error or (name, message)
+
+    def error(self) -> tuple[str, str] | None:
+        return self._error
+
+    def news(self) -> tuple[tuple[int, float | None] | None, list[tuple[int, str]]]:
+        """Progress, and the messages since the last call."""
+        messages, self._messages = self._messages, []
+        return self._progress, messages
+
+
+class _OfficeHandler(logging.Handler):
+    """Sends a worker's log records to the driver."""
+
+    def __init__(self, office: Any) -> None:
+        super().__init__(logging.INFO)
+        self._office = office
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._office.log.remote(record.levelno, record.getMessage())
+
+
+def _make_trainer(recipe: Recipe, office: Any, storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    section = recipe.cluster
+    resources = {"CPU": section.cpus_per_worker}
+    if section.gpus_per_worker:
+        resources["GPU"] = section.gpus_per_worker
+    return TorchTrainer(
+        _work,
+        train_loop_config={
+            "recipe": recipe.model_dump_json(),
+            "office": office,
+            "directory": os.getcwd(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=section.workers,
+            use_gpu=section.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if section.gpus_per_worker else "gloo",
+            timeout_s=PROCESS_GROUP_TIMEOUT_S,
+        ),
+        run_config=RunConfig(
+            name=f"{recipe.name}-{secrets.token_hex(4)}",
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=section.max_failures, controller_failure_limit=1
+            ),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each training worker runs."""
+    import torch
+
+    from pipeline.training.loop import train, worker_device
+
+    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
+    if ray.get(office.error.remote()) is not None:
+        return  # A restart after an error that would only come again.
+    os.chdir(config["directory"])
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    first = ray.train.get_context().get_world_rank() == 0
+    if first:
+        logging.getLogger("pipeline").addHandler(_OfficeHandler(office))
+        logging.getLogger("pipeline").setLevel(logging.INFO)
+    answers: deque[Any] = deque()
+
+    def check_in(step: int, loss: float | None) -> bool:
+        if not first:
+            return False
+        answers.append(office.report.remote(step, loss))
+        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        for reference in ready:
+            answers.remove(reference)
+        return any(ray.get(ready))
+
+    try:
+        train(recipe, worker_device(recipe), check_in)
+    except LongtailError as error:
+        ray.get(office.fail.remote(type(error).__name__, str(error)))
+        if not isinstance(error, StopRequested):
+            raise
+
+
+def _show(office: Any, recipe: Recipe, on_progress: OnProgress | None) -> None:
+    progress, messages = ray.get(office.news.remote())
+    for level, message in messages:
+        logger.log(level, "%s", message)
+    if progress is not None and on_progress is not None:
+        step, loss = progress
+        on_progress(step, recipe.training.steps, "" if loss is None else f"loss {loss:.4g}")
+
+
+def _call(function: Callable[[Argument], Result], argument: Argument, directory: str) -> Result:
+    os.chdir(directory)
+    return function(argument)
+
+
+def _call_reporting(
+    function: Callable[[Argument, OnProgress], Result], argument: Argument, place: tuple[Any, ...]
+) -> Result:
+    office, cpus, directory = place
+    os.chdir(directory)
+    # Set before the task imports torch, which reads it once.
+    os.environ["OMP_NUM_THREADS"] = str(cpus)
+    return function(argument, lambda *news: office.report_task.remote(news))
+
+
+def _unwrapped(reference: Any) -> Any:
+    """A task's result; what it raised itself, without Ray's traceback around it."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, LongtailError) else error from None
+
+
+def _private_token() -> Path:
+    """A new token in a file of this user alone; the directory lives as long as the process."""
+    directory = Path(tempfile.mkdtemp(prefix="longtail_ray_"))
+    path = directory / "token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    return path
