@@ -27,14 +27,15 @@ def examples_section(run: RunData) -> str:
 
 def _picture(example: Example) -> str:
     width, height = example.width, example.height
-    unit = height / 62
+    unit = height / 68
     truth = "".join(_truth(box, unit) for box in example.ground_truth)
     found = "".join(
         _detection(box, unit, width, place < _LABELLED or box["frequency"] == "r")
         for place, box in reversed(list(enumerate(example.detections)))
     )
     rare = sorted({box["name"] for box in example.ground_truth if box["frequency"] == "r"})
-    caption = f"Image {example.image_id}, {len(example.ground_truth)} boxes"
+    count = len(example.ground_truth)
+    caption = f"Image {example.image_id}, {count} {'box' if count == 1 else 'boxes'}"
     if rare:
         caption += f'; rare: <span class="rare">{escape(", ".join(rare))}</span>'
     ratio = width / height

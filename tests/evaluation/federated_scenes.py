@@ -10,9 +10,12 @@ Tree = dict[str, Any]
 
 
 def draw_annotations(
-    seed: int, num_images: int = 8, num_categories: int = 7, boxes_per_image: int = 6
+    seed: int, num_images: int = 8, num_categories: int = 7, boxes_per_image: int = 6, grid: int = 0
 ) -> Tree:
-    """LVIS annotations with all three frequencies, negatives, not-exhaustive categories, area 0."""
+    """LVIS annotations with all three frequencies, negatives, not-exhaustive categories, area 0.
+
+    With a `grid`, corners lie on its lines, so that boxes coincide and IoUs tie.
+    """
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     category_ids = np.sort(rng.choice(np.arange(1, 50), num_categories, replace=False))
@@ -34,6 +37,8 @@ def draw_annotations(
             for _ in range(int(rng.integers(1, boxes_per_image))):
                 low = rng.uniform(0, 200, 2)
                 size = rng.uniform(4, 150, 2)
+                if grid:
+                    low, size = low // grid * grid, (size // grid + 1) * grid
                 area = float(size.prod()) * float(rng.choice([1.0, 0.6, 0.0], p=[0.6, 0.35, 0.05]))
                 annotations.append(
                     {
@@ -60,8 +65,11 @@ def draw_annotations(
     }
 
 
-def disturb(tree: Tree, seed: int, copies: int = 3, score_decimals: int = 2) -> Detections:
-    """The ground truth with moved boxes, some wrong categories, and scores that tie."""
+def disturb(
+    tree: Tree, seed: int, copies: int = 3, score_decimals: int = 2, grid: int = 0
+) -> Detections:
+    """The ground truth with moved boxes (by whole cells of a `grid`), some wrong categories, and
+    scores that tie."""
     rng = np.random.default_rng(seed)
     category_ids = [category["id"] for category in tree["categories"]]
     rows = []
@@ -85,6 +93,9 @@ def disturb(tree: Tree, seed: int, copies: int = 3, score_decimals: int = 2) -> 
                     "score": round(float(rng.random()), score_decimals),
                 }
             )
+            if grid:
+                moved = np.array([x, y, width, height]) + grid * rng.integers(-1, 2, 4)
+                rows[-1]["bbox"] = np.maximum(moved, 0).tolist()
             if rng.random() < 0.1:
                 rows.append(dict(rows[-1]))
     rng.shuffle(rows)  # type: ignore[arg-type]

@@ -34,19 +34,20 @@ def assert_equal_to_official(tree: Tree, detections: Detections) -> dict[str, fl
     return {key: ours[key] for key in KEYS}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     images=st.integers(1, 12),
     categories=st.integers(3, 12),
     copies=st.integers(0, 4),
     decimals=st.integers(0, 3),
+    grid=st.sampled_from([0, 20]),
 )
 def test_random_scenes_with_ties(
-    seed: int, images: int, categories: int, copies: int, decimals: int
+    seed: int, images: int, categories: int, copies: int, decimals: int, grid: int
 ) -> None:
-    tree = draw_annotations(seed, images, categories)
-    assert_equal_to_official(tree, disturb(tree, seed + 1, copies, decimals))
+    tree = draw_annotations(seed, images, categories, grid=grid)
+    assert_equal_to_official(tree, disturb(tree, seed + 1, copies, decimals, grid))
 
 
 @pytest.mark.parametrize("name", ["lvis_val_9", "lvis_val_100"])
