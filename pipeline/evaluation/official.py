@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.detections import Detections
+from pipeline.evaluation.federated_ap import MAX_DETECTIONS
 from pipeline.evaluation.ground_truth import Annotations, load_annotations
 
 
 def official_lvis(
-    ground_truth: Annotations | str | Path, detections: Detections
+    ground_truth: Annotations | str | Path,
+    detections: Detections,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float | None]:
     """Box AP and AR as the `lvis` package computes them; None where it says -1 (undefined)."""
     tree = load_annotations(ground_truth) if isinstance(ground_truth, str | Path) else ground_truth
@@ -31,8 +34,10 @@ def official_lvis(
         truth.logger = logging.getLogger("lvis.lvis")
         truth.dataset = _bare(tree, detections)
         truth._create_index()
-        results = package.LVISResults(truth, _rows(truth.dataset, detections))
+        rows = _rows(truth.dataset, detections)
+        results = package.LVISResults(truth, rows, max_dets=max_detections)
         evaluation = package.LVISEval(truth, results, iou_type="bbox")
+        evaluation.params.max_dets = max_detections
         evaluation.run()
     return {key: None if value == -1 else float(value) for key, value in evaluation.results.items()}
 

@@ -241,8 +241,8 @@ def evaluate_files(
 def format_comparison(results: Results, official: Mapping[str, float | None]) -> str:
     """Our figures beside the official package's, with their differences."""
     lines = [f"{'':>8}{'ours':>10}{'official':>10}{'difference':>12}"]
-    for key, theirs in official.items():
-        ours = results[key]
+    for key in (key for key in official if key in results):
+        ours, theirs = results[key], official[key]
         difference = "-" if ours is None or theirs is None else f"{ours - theirs:.1e}"
         figures = f"{format_fraction(ours):>10}{format_fraction(theirs):>10}"
         lines.append(f"{key:>8}{figures}{difference:>12}")
