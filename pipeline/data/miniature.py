@@ -14,14 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.drawing import COMPOSITIONS, GROUNDS, Canvas, Composition, Placed, draw_scene
+from pipeline.data.shards import Argument, Result, RunTasks
 from pipeline.errors import RecipeError
 
 Size = Literal["tiny", "quickstart", "benchmark"]
-RunTasks = Callable[
-    [Callable[["_Chunk"], list[list[Placed]]], Sequence["_Chunk"]],
-    Iterator[tuple[int, list[list[Placed]]]],
-]
-
 MARKER = "miniature.json"
 _VERSION = 1
 _CHUNK_IMAGES = 250
@@ -136,7 +132,8 @@ def draw_world(root: str | Path, size: Size, seed: int, run_tasks: RunTasks | No
     marker: dict[str, object] = {"size": size, "seed": seed, "version": _VERSION}
     if _is_drawn(root, marker):
         return
-    world, run = _WORLDS[size], run_tasks or _in_line
+    world = _WORLDS[size]
+    run: RunTasks = run_tasks or _in_line
     compositions = _compositions(seed)
     num_lvis = sum(band.categories for band in world.train)
     lvis = sorted(compositions[:num_lvis])
@@ -162,9 +159,9 @@ def _is_drawn(root: Path, marker: dict[str, object]) -> bool:
 
 
 def _in_line(
-    function: Callable[[_Chunk], list[list[Placed]]], chunks: Sequence[_Chunk]
-) -> Iterator[tuple[int, list[list[Placed]]]]:
-    yield from ((position, function(chunk)) for position, chunk in enumerate(chunks))
+    function: Callable[[Argument], Result], arguments: Sequence[Argument], /
+) -> Iterator[tuple[int, Result]]:
+    yield from ((position, function(argument)) for position, argument in enumerate(arguments))
 
 
 def _compositions(seed: int) -> list[Composition]:
@@ -399,10 +396,11 @@ def _draw_captions(
         number = 1 if rng.random() < 0.7 else 2
         objects = tuple(every[int(j)] for j in rng.integers(len(every), size=number))
         canvas = _canvas(rng, (64, 80), (24, 60) if number == 1 else (20, 38))
-        opener = str(rng.choice(_OPENERS)) if rng.random() < 0.4 else ""
+        opener = str(rng.choice(_OPENERS)) if rng.random() < 0.3 else ""
+        place = f" on {canvas.ground}" if rng.random() < 0.5 else ""
         joiner = str(rng.choice(_JOINERS))
         things = joiner.join(f"a {composition.name}" for composition in objects)
-        rows.append(f"{opener}{things} on {canvas.ground}\thttp://images.example.org/{i:08d}.jpg")
+        rows.append(f"{opener}{things}{place}\thttp://images.example.org/{i:08d}.jpg")
         pictures.append(_Picture(f"cc3m/images/{i:08d}.jpg", canvas, objects))
     _draw(root, seed, 5, pictures, run)
     table = root / "cc3m/Train_GCC-training.tsv"
