@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import recipe
 from pipeline.data.batch import Targets
-from pipeline.detectors.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from pipeline.detectors.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 
 class DenoisingLayout(NamedTuple):
@@ -81,7 +81,8 @@ def make_denoising(
         noise.group,
         noise.weight,
         torch.where(noise.flip | (true_labels < 0), noise.label, true_labels),
-        xyxy_to_cxcywh(corners.clamp(0, 1)),
+        # Corners may have changed places: the logit's bounds keep every side above zero.
+        inverse_sigmoid(xyxy_to_cxcywh(corners.clamp(0, 1))).sigmoid(),
         image.to(device),
         query.to(device),
         drawn.box[image, query].to(device),
