@@ -45,6 +45,8 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 OnProgress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a note with the newest figures."""
+News = tuple[int, int, str]
+"""What `OnProgress` is called with."""
 
 PROCESS_GROUP_TIMEOUT_S = 600
 POLL_S = 0.5
@@ -122,21 +124,16 @@ def run_alone(
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
     reference = remote.remote(function, argument, (office, cpus, os.getcwd()))
 
-    def show() -> None:
-        progress, _ = ray.get(office.news.remote())
-        if progress is not None:
-            on_progress(*progress)
-
     try:
         with stop_signals() as stop:
             while not ray.wait([reference], timeout=POLL_S)[0]:
-                show()
+                _show(office, on_progress)
                 if stop.is_set():
                     ray.cancel(reference, force=True)
                     raise StopRequested(
                         "stopped on request; the same command begins this part anew"
                     )
-        show()
+        _show(office, on_progress)
         result: Result = _unwrapped(reference)
         return result
     finally:
@@ -176,8 +173,8 @@ def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> N
                 if stop.is_set() and not asked:
                     asked = True
                     office.stop.remote()
-                _show(office, recipe, on_progress)
-        _show(office, recipe, on_progress)
+                _show(office, on_progress)
+        _show(office, on_progress)
         error = ray.get(office.error.remote())
         if error is not None:
             name, message = error
@@ -198,19 +195,16 @@ class _Office:
     def __init__(self) -> None:
         self._stop = False
         self._error: tuple[str, str] | None = None
-        self._progress: tuple[int, float | None] | None = None
+        self._progress: tuple[Any, ...] | None = None
         self._messages: list[tuple[int, str]] = []
 
     def stop(self) -> None:
         self._stop = True
 
-    def report(self, step: int, loss: float | None) -> bool:
-        """Take a worker's progress; whether it should stop."""
-        self._progress = (step, loss)
-        return self._stop
-
-    def report_task(self, news: tuple[int, int, str]) -> None:
+    def report(self, news: News) -> bool:
+        """Take progress; whether the reporter should stop."""
         self._progress = news
+        return self._stop
 
     def log(self, level: int, message: str) -> None:
         self._messages.append((level, message))
@@ -222,7 +216,7 @@ class _Office:
     def error(self) -> tuple[str, str] | None:
         return self._error
 
-    def news(self) -> tuple[tuple[int, float | None] | None, list[tuple[int, str]]]:
+    def news(self) -> tuple[tuple[Any, ...] | None, list[tuple[int, str]]]:
         """Progress, and the messages since the last call."""
         messages, self._messages = self._messages, []
         return self._progress, messages
@@ -295,7 +289,8 @@ def _work(config: dict[str, Any]) -> None:
     def check_in(step: int, loss: float | None) -> bool:
         if not first:
             return False
-        answers.append(office.report.remote(step, loss))
+        note = "" if loss is None else f"loss {loss:.4g}"
+        answers.append(office.report.remote((step, recipe.training.steps, note)))
         ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
         for reference in ready:
             answers.remove(reference)
@@ -309,13 +304,12 @@ def _work(config: dict[str, Any]) -> None:
             raise
 
 
-def _show(office: Any, recipe: Recipe, on_progress: OnProgress | None) -> None:
+def _show(office: Any, on_progress: OnProgress | None) -> None:
     progress, messages = ray.get(office.news.remote())
     for level, message in messages:
         logger.log(level, "%s", message)
     if progress is not None and on_progress is not None:
-        step, loss = progress
-        on_progress(step, recipe.training.steps, "" if loss is None else f"loss {loss:.4g}")
+        on_progress(*progress)
 
 
 def _call(function: Callable[[Argument], Result], argument: Argument, directory: str) -> Result:
@@ -330,7 +324,7 @@ def _call_reporting(
     os.chdir(directory)
     # Set before the task imports torch, which reads it once.
     os.environ["OMP_NUM_THREADS"] = str(cpus)
-    return function(argument, lambda *news: office.report_task.remote(news))
+    return function(argument, lambda *news: office.report.remote(news))
 
 
 def _unwrapped(reference: Any) -> Any:
