@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
@@ -47,6 +49,44 @@ class Reading:
     def pin_memory(self) -> "Reading":
         """The same reading with its batch in page-locked memory."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+    def pack(self) -> "PackedReading":
+        """The same reading for another process."""
+        batch = self.batch
+        if batch is None:
+            return PackedReading(self, None)
+        small = [
+            {**vars(t), "boxes": t.boxes.numpy(), "labels": t.labels.numpy()} for t in batch.targets
+        ]
+        bare = replace(self, batch=replace(batch, targets=[]))
+        return PackedReading(bare, small)
+
+
+@dataclass(frozen=True)
+class PackedReading:
+    """A reading on its way between processes, with the fields of its targets apart.
+
+    Each tensor that is sent costs a file descriptor and a handshake, so boxes and labels, which
+    are small, go as numpy arrays.
+    """
+
+    reading: Reading
+    targets: list[dict[str, Any]] | None
+
+    def pin_memory(self) -> "PackedReading":
+        """The same with its images in page-locked memory."""
+        return replace(self, reading=self.reading.pin_memory())
+
+    def unpack(self) -> Reading:
+        """The reading that was packed."""
+        if self.targets is None or self.reading.batch is None:
+            return self.reading
+        tensors = [
+            {name: torch.from_numpy(fields[name]) for name in ("boxes", "labels")}
+            for fields in self.targets
+        ]
+        targets = [Targets(**{**f, **t}) for f, t in zip(self.targets, tensors, strict=True)]
+        return replace(self.reading, batch=replace(self.reading.batch, targets=targets))
 
 
 class SourceReader:

@@ -2,6 +2,8 @@
 
 import logging
 import multiprocessing
+import os
+import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +19,13 @@ from torch.utils.data import DataLoader
 from pipeline.data.batch import Batch
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan, Slot, StepKind, StreamSource, build_plan, micro_batches
-from pipeline.data.reader import EvaluationReader, Reading, SourceReader, TrainReader
+from pipeline.data.reader import (
+    EvaluationReader,
+    PackedReading,
+    Reading,
+    SourceReader,
+    TrainReader,
+)
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import DataError
 from pipeline.recipe import Data, Source, Training
@@ -195,16 +203,35 @@ def read_ahead(
     # for all of its children.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    yield from DataLoader(
+    loader: DataLoader[PackedReading] = DataLoader(
         reader,  # type: ignore[arg-type]
         sampler=jobs,
         batch_size=None,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
+        collate_fn=Reading.pack,  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=max(2, -(-2 * depth // workers)),
         multiprocessing_context=context,
+        worker_init_fn=_exit_with_parent,
         pin_memory=pin_memory,
     )
+    for packed in loader:
+        yield packed.unpack()
+
+
+def _exit_with_parent(worker: int) -> None:
+    """End a reader process when the training process is killed.
+
+    The DataLoader's own watchdog looks at the process above the reader, which is the server; the
+    server in turn stays as long as it has readers.
+    """
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name=f"watch-parent-{worker}", daemon=True).start()
 
 
 def _read_in_thread(
@@ -246,7 +273,3 @@ def _batch_of(reading: Reading) -> Batch:
         raise reading.error
     assert reading.batch is not None
     return reading.batch
-
-
-def _unchanged(reading: Reading) -> Reading:
-    return reading

@@ -1,7 +1,10 @@
 """From shards to batches: the same bytes for every world size and worker count, and faults."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterable
 from hashlib import sha256
 from itertools import chain, islice
@@ -165,12 +168,14 @@ def test_boxes_stand_on_objects_of_their_label(indexes: dict[str, Index]) -> Non
     checked = 0
     for step in a_stream(indexes, some_data()).iterate(0, 12):
         for batch in step.micro_batches:
-            assert batch.images.dtype == torch.uint8 and batch.mask.dtype == torch.bool
+            assert type(batch.images) is torch.Tensor and batch.images.dtype == torch.uint8
+            assert batch.mask.dtype == torch.bool
             assert batch.images.shape[2] % 32 == 0 and batch.images.shape[3] % 32 == 0
             for i, targets in enumerate(batch.targets):
                 height, width = targets.size
                 assert not batch.mask[i, :height, :width].any()
                 assert batch.mask[i].sum() == batch.mask[i].numel() - height * width
+                assert type(targets.boxes) is torch.Tensor
                 assert targets.boxes.dtype == torch.float32 and targets.labels.dtype == torch.int64
                 assert len(targets.boxes) == len(targets.labels)
                 assert targets.coarse == (step.stream == "extra")
@@ -453,3 +458,31 @@ def test_evaluation_needs_every_image(indexes: dict[str, Index], unreadable: set
     assert len(list(islice(batches, 1))) == 1
     with pytest.raises(LongtailError, match="validation/000003: damaged"):
         list(batches)
+
+
+@pytest.mark.slow
+def test_readers_end_when_the_training_process_is_killed(indexes: dict[str, Index]) -> None:
+    program = (
+        "import multiprocessing, sys, time\n"
+        "from pipeline.data.index import load_index\n"
+        "from pipeline.data.stream import EvaluationSet\n"
+        "from pipeline.recipe import Data\n"
+        "if __name__ == '__main__':\n"
+        "    index = load_index(sys.argv[1])\n"
+        "    data = Data.model_validate_json(sys.argv[2])\n"
+        "    batches = EvaluationSet(data, index, index.vocabulary).iterate(1)\n"
+        "    next(batches)\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    data = some_data(workers=2).model_dump_json()
+    command = [sys.executable, "-c", program, indexes["validation"].url, data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        readers = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(readers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in readers):
+        assert time.monotonic() < deadline, f"readers {readers} outlive their process"
+        time.sleep(0.1)
