@@ -153,12 +153,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """`longtail export A.yaml -o DIR`."""
-    from pipeline.training.checkpoint import export_detector
+    from pipeline.run import export_stage
 
     recipes = load_recipes(arguments.recipe)
     if len(recipes) != 1:
         raise RecipeError(f"export takes one recipe, got {len(recipes)}")
-    print(export_detector(recipes[0], arguments.output))
+    print(export_stage(recipes[0], arguments.output))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

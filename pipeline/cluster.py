@@ -13,13 +13,13 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import errors
 from pipeline.errors import LongtailError, StopRequested
 from pipeline.recipe import Cluster, Recipe
 from pipeline.signals import stop_signals
+from pipeline.training.manifest import newest_verified, refuse_another_recipe
 
 # Ray reads these when it is imported or started; what the user has set stays.
 os.environ.update(
@@ -55,8 +55,8 @@ POLL_S = 0.5
 def start_ray(section: Cluster) -> None:
     """Connect to the cluster of the recipe, or start one on this machine's loopback address.
 
-    Does nothing when this process has one. Ray asks every caller for a token, kept in a file that
-    only this user may read.
+    Does nothing when this process has one. Ray asks every caller for a token; a new one is passed
+    on by environment, which other users cannot read.
     """
     if ray.is_initialized():
         return
@@ -65,7 +65,7 @@ def start_ray(section: Cluster) -> None:
         ray.init(address=section.address, **common)
         return
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     workers = section.workers * section.cpus_per_worker
     ray.init(
         num_cpus=max(os.cpu_count() or 1, -int(-workers // 1)),
@@ -150,8 +150,12 @@ def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> N
     """Train a stage on Ray workers, from its newest checkpoint, through failures of workers.
 
     SIGTERM or SIGINT to this process make all workers save a checkpoint; then `StopRequested` is
-    raised. What a worker raises as a `LongtailError` is raised here as the same class.
+    raised. What a worker raises as a `LongtailError` is raised here as the same class. Raises
+    `RecipeError` before anything is started where the run belongs to another recipe.
     """
+    newest = newest_verified(recipe.run_dir)
+    if newest is not None:
+        refuse_another_recipe(newest, recipe)
     start_ray(recipe.cluster)
     office = ray.remote(num_cpus=0)(_Office).remote()
     storage = tempfile.mkdtemp(prefix="longtail_ray_train_")
@@ -334,13 +338,3 @@ def _unwrapped(reference: Any) -> Any:
     except RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, LongtailError) else error from None
-
-
-def _private_token() -> Path:
-    """A new token in a file of this user alone; the directory lives as long as the process."""
-    directory = Path(tempfile.mkdtemp(prefix="longtail_ray_"))
-    path = directory / "token"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
-    return path

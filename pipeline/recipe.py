@@ -80,8 +80,8 @@ class Data(Section):
     miniature: Literal["tiny", "quickstart", "benchmark"] | None = None
     """Draw this miniature world at `root` when it is not there yet."""
     miniature_seed: Count = 0
-    shards: str = "shards"
-    """Where the tar shards go; relative to `root`, or any fsspec URL."""
+    shards: str | None = None
+    """A path or fsspec URL that the tar shards go to; `shards` inside `root` by default."""
     samples_per_shard: PositiveCount = 1000
     bad_sample_budget: Count = 100
     """How many unreadable images one source may have before `prepare` refuses it."""

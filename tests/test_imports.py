@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pipeline"
 
 # A module may import from its own tier or from a lower one.
 TIERS = [
-    ["pipeline.errors"],
+    ["pipeline.errors", "pipeline.progress", "pipeline.signals"],
     [
         "pipeline.recipe",
         "pipeline.recipe_file",

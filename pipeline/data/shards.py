@@ -93,7 +93,9 @@ class ShardInfo:
 
 def shards_url(data: Data, source: Source) -> str:
     """The directory, or URL, of a source's shards."""
-    return resolve(data.root, data.shards, source.name)
+    if data.shards is None:
+        return resolve(data.root, "shards", source.name)
+    return resolve(data.shards, source.name)
 
 
 def prepare_source(

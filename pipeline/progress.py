@@ -1,0 +1,52 @@
+"""Progress for people: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts up to a total that may be told later; `update` takes the number done so far."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
+        self._started = self._last_line = time.monotonic()
+        self._first: int | None = None
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=self.title, unit=self.unit, dynamic_ncols=True, leave=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` are done; `note` holds the newest figures."""
+        if self._first is None:
+            self._first = done
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self._last_line = now
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        extra = f", {note}" if note else ""
+        print(f"{self.title}: {done:,} of {total:,} {self.unit}{left}{extra}", flush=True)

@@ -1,0 +1,182 @@
+"""Stages in order: shards, teacher, training, evaluation, report; what is done is skipped."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.check import check_stages, needs_teacher, sources_of
+from pipeline.cluster import run_alone, run_tasks, start_ray, stop_ray, train_on_cluster
+from pipeline.data.miniature import draw_world
+from pipeline.data.shards import Index, RunTasks, load_index, prepare_source, shards_url
+from pipeline.errors import StorageError
+from pipeline.evaluation.checkpoints import evaluate_newest, is_evaluated
+from pipeline.evaluation.results import format_table
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.report.page import write_report
+from pipeline.semantics.contrastive import train_teacher
+from pipeline.semantics.teacher import teacher_dir, trained_weights
+from pipeline.training.build import cache_dir
+from pipeline.training.checkpoint import export_detector
+from pipeline.training.loop import worker_device
+from pipeline.training.manifest import newest_verified, read_manifest
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+Report = Callable[[int, int, str], None]
+"""Told how much is done, of how much, and the newest figures."""
+
+
+def run_stages(recipes: Sequence[Recipe]) -> None:
+    """`longtail run`: every stage to its end; the last lines name the table and the report."""
+    _in_order(recipes, _run_stage)
+
+
+def prepare_stages(recipes: Sequence[Recipe]) -> None:
+    """`longtail prepare`: shards, indexes and teacher of each recipe."""
+    _in_order(recipes, _prepare)
+
+
+def train_stages(recipes: Sequence[Recipe]) -> None:
+    """`longtail train`: training alone, from what is prepared."""
+    _in_order(recipes, _train)
+
+
+def evaluate_stages(recipes: Sequence[Recipe], *, official: bool) -> None:
+    """`longtail evaluate`: the newest checkpoint of each recipe, in mid-training too."""
+
+    def evaluate(recipe: Recipe) -> None:
+        print(_evaluate(recipe, official=official))
+        print(f"report: {write_report(recipe.run_dir)}", flush=True)
+
+    _in_order(recipes, evaluate)
+
+
+def export_stage(recipe: Recipe, output: Path) -> Path:
+    """`longtail export`: the newest checkpoint's detector, alone, in a new folder."""
+    directory = newest_verified(recipe.run_dir)
+    if directory is None:
+        raise StorageError(f"no checkpoint in {recipe.run_dir}; run `longtail train` first")
+    return export_detector(directory, output, recipe.evaluation.use_ema)
+
+
+def _in_order(recipes: Sequence[Recipe], work: Callable[[Recipe], None]) -> None:
+    check_stages(recipes)
+    try:
+        for before, recipe in zip([None, *recipes], recipes, strict=False):
+            if before is not None and before.cluster != recipe.cluster:
+                stop_ray()
+            work(recipe)
+    finally:
+        stop_ray()
+
+
+def _run_stage(recipe: Recipe) -> None:
+    started = time.monotonic()
+    print(f"== {recipe.name}: {recipe.description or 'stage'}", flush=True)
+    _prepare(recipe)
+    _train(recipe)
+    if recipe.data.validation is None:
+        print("evaluation: none, the recipe has no validation source")
+    elif is_evaluated(recipe):
+        results = json.loads((recipe.run_dir / "results.json").read_text(encoding="utf-8"))
+        print(f"evaluation: done already\n{format_table(results)}")
+    else:
+        print(_evaluate(recipe, official=False))
+    report = write_report(recipe.run_dir)
+    print(f"report: {report} ({time.monotonic() - started:.0f} s in all)", flush=True)
+
+
+def _prepare(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.miniature is not None:
+        draw = _tasks(recipe, f"drawing the {data.miniature} world")
+        draw_world(data.root, data.miniature, data.miniature_seed, draw)
+    for source in sources_of(recipe):
+        with Progress(f"shards of {source.name}", "images") as progress:
+            index = prepare_source(source, data, _tasks(recipe), progress.update)
+        print(f"shards of {source.name}: {_describe(index)}", flush=True)
+    if needs_teacher(recipe) and recipe.teacher.train is not None:
+        _prepare_teacher(recipe)
+
+
+def _tasks(recipe: Recipe, title: str | None = None) -> RunTasks:
+    """Ray tasks; Ray is not started before there is something to do."""
+
+    def run(
+        function: Callable[[Argument], Result], arguments: Sequence[Argument], /
+    ) -> Iterator[tuple[int, Result]]:
+        if not arguments:
+            return
+        start_ray(recipe.cluster)
+        results = run_tasks(function, arguments)
+        if title is None:
+            yield from results
+            return
+        with Progress(title, "parts") as progress:
+            for done, result in enumerate(results, start=1):
+                progress.update(done, len(arguments))
+                yield result
+
+    return run
+
+
+def _describe(index: Index) -> str:
+    """What a source holds and what was left out of it, in one line."""
+    report = index.report
+    dropped, unreadable = report["dropped"], report["unreadable"]
+    assert isinstance(dropped, dict) and isinstance(unreadable, list)
+    left_out = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
+    if unreadable:
+        left_out.append(f"{len(unreadable):,} unreadable images skipped ({unreadable[0][1]})")
+    text = f"{index.num_samples:,} images, {len(index.category_ids):,} boxes"
+    return f"{text}; {'; '.join(left_out)}" if left_out else text
+
+
+def _prepare_teacher(recipe: Recipe) -> None:
+    directory = teacher_dir(recipe.teacher, recipe.data, cache_dir(recipe))
+    if trained_weights(directory) is not None:
+        print(f"teacher: trained already, {directory}", flush=True)
+        return
+    with Progress("training the teacher", "steps") as progress:
+        run_alone(_train_teacher, recipe, recipe.cluster, progress.update)
+
+
+def _train_teacher(recipe: Recipe, report: Report) -> None:
+    assert recipe.teacher.train is not None
+    directory = teacher_dir(recipe.teacher, recipe.data, cache_dir(recipe))
+    captions = load_index(shards_url(recipe.data, recipe.teacher.train.captions))
+    train_teacher(
+        recipe.teacher,
+        captions,
+        directory,
+        lambda step, steps, loss: report(step, steps, f"loss {loss:.3f}"),
+        device=worker_device(recipe),
+    )
+
+
+def _train(recipe: Recipe) -> None:
+    newest = newest_verified(recipe.run_dir)
+    if newest is not None and read_manifest(newest).step >= recipe.training.steps:
+        print(f"training: done already, {recipe.training.steps} steps", flush=True)
+        return
+    with Progress(f"training {recipe.name}", "steps") as progress:
+        train_on_cluster(recipe, progress.update)
+
+
+def _evaluate(recipe: Recipe, *, official: bool) -> str:
+    with Progress(f"evaluating {recipe.name}", "images") as progress:
+        task = partial(_evaluate_newest, official=official)
+        return run_alone(task, recipe, recipe.cluster, progress.update)
+
+
+def _evaluate_newest(recipe: Recipe, report: Report, *, official: bool) -> str:
+    return evaluate_newest(
+        recipe,
+        worker_device(recipe),
+        official=official,
+        progress=lambda done, total: report(done, total, ""),
+    )
