@@ -17,6 +17,7 @@ class Progress:
         self.title, self.unit = title, unit
         self._started = self._last_line = time.monotonic()
         self._first: int | None = None
+        self._printed = -1
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Self:
@@ -43,9 +44,10 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if now - self._last_line < SECONDS_BETWEEN_LINES and done < total:
+        waiting = now - self._last_line < SECONDS_BETWEEN_LINES and done < total
+        if waiting or done == self._printed:
             return
-        self._last_line = now
+        self._last_line, self._printed = now, done
         rate = (done - self._first) / max(now - self._started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         extra = f", {note}" if note else ""
