@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,7 +265,7 @@ def train_here(recipe: Recipe) -> None:
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        stack.enter_context(process_group(device))
+        join_process_group(device)
         first = dist.get_rank() == 0
         shown = stack.enter_context(ProgressBar(f"train {recipe.name}", "steps")) if first else None
 
@@ -287,15 +287,15 @@ def worker_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda", number)
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group: of torchrun's environment, or of this process alone."""
+def join_process_group(device: torch.device) -> None:
+    """Join torchrun's process group, or make one of this process alone, where there is none yet.
+
+    It lives as long as the process: DeepSpeed keeps hold of the first one that it sees.
+    """
+    if dist.is_initialized():
+        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
