@@ -56,6 +56,21 @@ def test_focal_loss_agrees_with_torchvision(make_targets: MakeTargets, gamma: fl
         torch.testing.assert_close(loss[layer], expected)
 
 
+def test_unlabelled_boxes_are_no_positives(make_targets: MakeTargets) -> None:
+    """Their queries are background to the class loss, as without boxes."""
+    outputs = predictions()
+    blind = [
+        replace(target, labels=torch.full_like(target.labels, -1))
+        for target in make_targets([2, 0, 3])
+    ]
+    padded, one = pad_targets(blind, None, 12), torch.ones(3)
+    loss = focal_loss(Losses(), outputs.logits, matched(outputs, blind), padded, one)
+    none = make_targets([0, 0, 0])
+    padded = pad_targets(none, None, 12)
+    expected = focal_loss(Losses(), outputs.logits, matched(outputs, none), padded, one)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_box_losses_agree_with_torchvision(make_targets: MakeTargets) -> None:
     targets, outputs = make_targets([2, 0, 3]), predictions()
     assignment = matched(outputs, targets)

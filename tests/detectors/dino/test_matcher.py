@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torchvision.ops import generalized_box_iou
 
 from pipeline.data.batch import Targets
+from pipeline.detectors.boxes import cxcywh_to_xyxy
 from pipeline.detectors.dino.losses import pad_targets
 from pipeline.detectors.dino.matcher import assign, match, matching_costs
 from pipeline.recipe import Losses
@@ -54,6 +56,22 @@ def test_unlabelled_boxes_cost_no_class(make_targets: MakeTargets) -> None:
     costs = matching_costs(Losses(), logits, boxes, pad_targets([blind], None, 12))
     other = matching_costs(Losses(), logits * 3 + 1, boxes, pad_targets([blind], None, 12))
     torch.testing.assert_close(costs, other)
+
+
+def test_costs_weigh_class_l1_and_giou(make_targets: MakeTargets) -> None:
+    targets = make_targets([2])
+    logits, boxes = (x[:1, :1] for x in predictions(5))
+    section = Losses(cost_class=0, cost_box_l1=3, cost_box_giou=7)
+    costs = matching_costs(section, logits, boxes, pad_targets(targets, None, 12))[0, 0]
+    true = targets[0].boxes
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes[0, 0]), cxcywh_to_xyxy(true))
+    expected = 3 * torch.cdist(boxes[0, 0], true, p=1) - 7 * giou
+    torch.testing.assert_close(costs, expected)
+    section = Losses(cost_class=2, cost_box_l1=0, cost_box_giou=0)
+    costs = matching_costs(section, logits, boxes, pad_targets(targets, None, 12))[0, 0]
+    p = logits[0, 0][:, targets[0].labels].sigmoid()
+    expected = 2 * (-0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log())
+    torch.testing.assert_close(costs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_costs_that_are_not_finite_are_reported(make_targets: MakeTargets) -> None:
