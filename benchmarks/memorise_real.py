@@ -2,8 +2,8 @@
 
     python benchmarks/memorise_real.py --data ../shared/data
 
-A detector whose losses, box conventions and evaluator are right can learn a handful of photographs by
-heart; one whose boxes are off by half a pixel or a flipped axis cannot. The number says nothing about
+A detector whose losses, box conventions and evaluator are right can learn a handful of photographs
+by heart; one with a flipped axis or a wrong box convention cannot. The number says nothing about
 unseen photographs. Runs in one process on the CPU, and prints the table and the time it took.
 """
 
