@@ -332,6 +332,12 @@ class Recipe(Section):
             )
         if self.data.extra and self.data.extra_mode == "mixed" and training.batch_size < 2:
             raise ValueError("data.extra_mode mixed needs training.batch_size of at least 2")
+        backbone = self.detector.backbone
+        if backbone.norm == "frozen" and backbone.weights is None and not self.initialize_from:
+            raise ValueError(
+                "detector.backbone.norm frozen needs trained weights: random ones with frozen "
+                "statistics cannot learn; set norm to group or own, or give weights"
+            )
         if self.initialize_from == self.name:
             raise ValueError(f"initialize_from {self.name!r} is this recipe itself")
         return self

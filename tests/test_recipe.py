@@ -61,6 +61,7 @@ def test_defaults_are_the_papers(recipe_file: Path) -> None:
         ("data.vocabulary=lvis_trian", "did you mean 'lvis_train'"),
         ("teacher.pretrained=null", "needs weights"),
         ("initialize_from=example", "is this recipe itself"),
+        ("detector.backbone.weights=null", "norm frozen needs trained weights"),
         ("name.x=1", "is not a section"),
         ("training.steps", "not of the form section.key=value"),
         ("training.steps=[1", "not valid YAML"),
