@@ -31,7 +31,6 @@ os.environ.update(
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **os.environ,
     }
 )

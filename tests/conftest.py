@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# The suite is about CPUs, on machines with a GPU too; DeepSpeed reads this when it is imported.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

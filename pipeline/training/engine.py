@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import RecipeError
 from pipeline.recipe import Training
 from pipeline.training.checkpoint import State
 
@@ -23,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,8 +69,10 @@ def named_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def init_process_group(backend: str | None = None) -> None:
-    """Make the default process group known to DeepSpeed, from the environment where there is none.
+def init_process_group(device: torch.device) -> None:
+    """Make the default process group known to DeepSpeed; it must exist.
+
+    Raises `RecipeError` when DeepSpeed works on another kind of device than `device`.
 
     The compiled shared-memory operator of the CPU accelerator is declined: it would be built with
     a C++ compiler at first use, and gloo does the same work.
@@ -78,7 +82,13 @@ def init_process_group(backend: str | None = None) -> None:
         compatible["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", "0")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    accelerator = get_accelerator().device_name()
+    if accelerator != device.type:
+        raise RecipeError(
+            f"workers of this recipe use {device.type}, but DeepSpeed found {accelerator}; set "
+            f"cluster.gpus_per_worker to fit, or DS_ACCELERATOR={device.type} in the environment"
+        )
+    backend = dist.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
 
 
@@ -308,7 +318,7 @@ def _config(section: Training, accumulation: int, num_elements: int) -> dict[str
         "gradient_clipping": section.clip_norm,
         "zero_optimization": {
             "stage": section.zero_stage,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": get_accelerator().device_name() != "cpu",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },

@@ -67,7 +67,7 @@ def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
     there. It saves a checkpoint every `checkpoint_every` steps and after the last one. When
     `check_in` of any rank is True, all ranks save in the same step and raise `StopRequested`.
     """
-    init_process_group()
+    init_process_group(device)
     section = recipe.training
     with ExitStack() as stack:
         resumed = on_first_rank(lambda: open_run_dir(recipe, stack))
@@ -85,7 +85,10 @@ def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
             if facts.stop or batches is None:
                 if saved != progress.step:
                     save_checkpoint(run, progress)
-                raise StopRequested(f"{recipe.run_dir}: stopped after step {progress.step}")
+                raise StopRequested(
+                    f"stopped after step {progress.step} of {section.steps} and saved in "
+                    f"{recipe.run_dir}; the same command goes on from there"
+                )
             columns = class_columns(
                 facts.present, run.image_counts, recipe.detector.losses, recipe.seed, progress.step
             )
@@ -146,6 +149,8 @@ def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[R
         state = load_state(resumed)
         restore(student, state, resumed, vocabulary)
         progress.step, progress.skipped_steps = manifest.step, manifest.skipped_steps
+        if dist.get_rank() == 0:
+            logger.info("going on from %s", resumed)
     elif recipe.initialize_from is not None:
         source = on_first_rank(lambda: find_source(recipe))
         report = initialize(student.detector, source, vocabulary)
