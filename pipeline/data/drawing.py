@@ -31,6 +31,7 @@ MAX_HIDDEN = 0.4
 """Largest share of an object that later objects may cover."""
 _SUPERSAMPLING = 3
 _PLACEMENTS = 200
+_MAX_TURN = math.radians(25)
 
 Floats = NDArray[np.float32]
 
@@ -126,8 +127,8 @@ def _silhouette(
     All three are (H, W) with about `diameter` pixels on the longer side; places are in units of
     the shape's radius, in the shape's own turned frame.
     """
-    angle = rng.uniform(0, 2 * math.pi)
-    squeeze = rng.uniform(0.75, 1.0)
+    angle = rng.uniform(-_MAX_TURN, _MAX_TURN)
+    squeeze = rng.uniform(0.8, 1.0)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     to_pixels = turn @ np.diag([1.0, squeeze]) * diameter / 2
     outer, hole = _OUTLINES[shape]()
@@ -223,8 +224,8 @@ def _circle(radius: float) -> NDArray[np.float64]:
     return radius * np.stack([np.cos(turns), np.sin(turns)], axis=1)
 
 
-def _spokes(radii: Sequence[float]) -> NDArray[np.float64]:
-    turns = np.linspace(0, 2 * math.pi, len(radii), endpoint=False)
+def _spokes(radii: Sequence[float], first: float = -math.pi / 2) -> NDArray[np.float64]:
+    turns = first + np.linspace(0, 2 * math.pi, len(radii), endpoint=False)
     return np.array(radii)[:, None] * np.stack([np.cos(turns), np.sin(turns)], axis=1)
 
 
@@ -243,7 +244,7 @@ _Outline = Callable[[], tuple[NDArray[np.float64], NDArray[np.float64] | None]]
 _OUTLINES: dict[str, _Outline] = {
     "disc": lambda: (_circle(1.0), None),
     "ring": lambda: (_circle(1.0), _circle(0.5)),
-    "square": lambda: (_spokes([1.0] * 4), None),
+    "square": lambda: (_spokes([1.0] * 4, math.pi / 4), None),
     "triangle": lambda: (_spokes([1.0] * 3), None),
     "star": lambda: (_spokes([1.0, 0.42] * 5), None),
     "cross": lambda: (_cross(), None),

@@ -19,7 +19,7 @@ from pipeline.errors import RecipeError
 
 Size = Literal["tiny", "quickstart", "benchmark"]
 MARKER = "miniature.json"
-_VERSION = 1
+_VERSION = 2
 _CHUNK_IMAGES = 250
 _JPEG_QUALITY = 90
 _OBJECTS_PER_IMAGE = (2, 3, 4, 4, 5, 6)
@@ -395,7 +395,7 @@ def _draw_captions(
     for i in range(world.captions):
         number = 1 if rng.random() < 0.7 else 2
         objects = tuple(every[int(j)] for j in rng.integers(len(every), size=number))
-        canvas = _canvas(rng, (64, 80), (24, 60) if number == 1 else (20, 38))
+        canvas = _canvas(rng, (64, 80), (50, 76) if number == 1 else (30, 48))
         opener = str(rng.choice(_OPENERS)) if rng.random() < 0.3 else ""
         place = f" on {canvas.ground}" if rng.random() < 0.5 else ""
         joiner = str(rng.choice(_JOINERS))

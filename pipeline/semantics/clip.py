@@ -59,13 +59,14 @@ def load_clip(section: Teacher, weights: Path | None) -> open_clip.CLIP:
     try:
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except (
+        AssertionError,  # open_clip, where the text tower is of another width
         RuntimeError,
         KeyError,
         pickle.UnpicklingError,
         safetensors.SafetensorError,
         StopIteration,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RecipeError(
             f"{path} does not hold weights of teacher.model {section.model!r} that load without "
             f"running code ({reason}); give a state dict as .safetensors or .pt"

@@ -37,7 +37,9 @@ Progress = Callable[[int, int, float], None]
 _SEED = 0
 _MAX_CAPTIONS = 50_000
 _MAX_LOGIT_SCALE = math.log(100)
-_CROP_AREA = (0.4, 1.0)
+_CELL = 6
+"""Eighths of the model's image size that a cell of a collage has: objects as small as in use."""
+_CROP_AREA = (0.75, 1.0)
 _CROP_STRETCH = 0.2
 """Largest change of a crop's aspect, as a logarithm."""
 
@@ -83,6 +85,7 @@ def train_teacher(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = new_clip(section.model).to(device, memory_format=torch.channels_last)
+    _open_residual_branches(model)
     images, tokens = _read(captions, section.model, model.visual.image_size)
     optimizer = _optimizer(model, training)
     rng = np.random.default_rng(_SEED)
@@ -92,7 +95,9 @@ def train_teacher(
     for step, chosen in enumerate(order, start=1):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(training, step)
-        collages, boxes = _collages(rng, images[chosen].to(device), model.visual.image_size)
+        collages, boxes = _collages(
+            rng, images[chosen].to(device), model.visual.image_size * _CELL // 8
+        )
         pixels = normalise(collages, torch.zeros_like(collages[:, 0], dtype=torch.bool), mean, std)
         features = trunk(model.visual, pixels.contiguous(memory_format=torch.channels_last))
         image = _by_cell(region_embeddings(model.visual, features, boxes))
@@ -198,6 +203,13 @@ def _contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, tokens: Tensor
     to_text = F.cross_entropy(logits.masked_fill(implied, -math.inf), own)
     to_image = F.cross_entropy(logits.masked_fill(implied, -math.inf).T, own)
     return (to_text + to_image) / 2
+
+
+def _open_residual_branches(model: nn.Module) -> None:
+    """Start the last gain of each block at 1: open_clip's 0 is meant for deep towers."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.ones_(parameter)
 
 
 def _optimizer(model: nn.Module, training: TeacherTraining) -> torch.optim.AdamW:
