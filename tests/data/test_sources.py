@@ -341,9 +341,7 @@ def test_captions_of_another_form_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_drawn_on_stored_pixels_turn_with_the_image(
-    tmp_path: Path, orientation: int
-) -> None:
+def test_boxes_drawn_on_stored_pixels_turn_with_the_image(tmp_path: Path, orientation: int) -> None:
     stored = np.zeros((30, 40, 3), dtype=np.uint8)
     stored[4:12, 6:30] = 255
     exif = Image.Exif()
