@@ -68,9 +68,9 @@ def train_teacher(
     """Train `section.model` on `captions`; gives the weights file under `out_dir`.
 
     The same section and captions give the same batches and the same initial weights. `out_dir`
-    appears complete or not at all, and is reused when it is there. Raises `RecipeError` for
-    captions that are too few for a batch or too many to hold in memory, `DataError` for an image
-    without a caption.
+    appears complete or not at all, and is reused when it is there. Raises `RecipeError` for a
+    batch size that is no multiple of 4, and for captions that are too few for a batch or too many
+    to hold in memory; `DataError` for an image without a caption.
     """
     directory, training = Path(out_dir), section.train
     found = trained_weights(directory)
@@ -81,6 +81,11 @@ def train_teacher(
         raise RecipeError(
             f"teacher.train.captions has {captions.num_samples} images; training from scratch "
             f"takes from teacher.train.batch_size ({training.batch_size}) to {_MAX_CAPTIONS}"
+        )
+    if training.batch_size % 4:
+        raise RecipeError(
+            f"teacher.train.batch_size {training.batch_size} must be a multiple of 4: images are "
+            "put into 2x2 collages"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -109,7 +114,7 @@ def train_teacher(
         with torch.no_grad():
             model.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
         if progress is not None and (step % progress_every == 0 or step == training.steps):
-            progress(step, training.steps, float(loss))
+            progress(step, training.steps, float(loss.detach()))
     return _publish(directory, section, captions.digest, model)
 
 
