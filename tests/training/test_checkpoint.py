@@ -123,7 +123,7 @@ def assert_bitwise_equal(first: Path, second: Path) -> None:
             assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path, stage: int) -> None:
     [direct, _] = run_ranks(start_all, 2, str(tmp_path), [stage])
     [resumed, _] = run_ranks(continue_all, 2, str(tmp_path), [(f"stage{stage}_world2", stage)])

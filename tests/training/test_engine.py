@@ -116,7 +116,7 @@ def spoil_all_stages() -> dict[int, object]:
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_stage_learns_as_plain_pytorch_on_the_whole_batch(world_size: int) -> None:
     losses, weights, averaged = reference(4)
     first, *_ = run_ranks(train_all_stages, world_size, 4)
