@@ -65,6 +65,8 @@ class Transforms(Section):
     crop_probability: Fraction = 0.5
     crop_short_sides: list[PositiveCount] = Field(default=[400, 500, 600], min_length=1)
     crop_sizes: tuple[PositiveCount, PositiveCount] = (384, 600)
+    extra_crop_probability: Fraction = 0.5
+    """Of extra samples, each before it goes into its mosaic; sizes are those of the other crops."""
     mosaic: bool = True
     mosaic_cell: PositiveCount = 640
     """Half the side of the square mosaic canvas."""

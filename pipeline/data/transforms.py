@@ -79,7 +79,7 @@ def as_picture(
 
 def train_transform(picture: Picture, transforms: Transforms, rng: np.random.Generator) -> Picture:
     """Flip, DINO's crop branch (resize, crop), then a resize to one of the short sides."""
-    flip, part = _flip_and_crop(picture.size, transforms, rng)
+    flip, part = _flip_and_crop(picture.size, transforms, rng, transforms.crop_probability)
     short_side = _choose(transforms.short_sides, rng)
     size = fit_short_side((part.height, part.width), short_side, transforms.max_side)
     return _render(picture, part, size, flip)
@@ -99,7 +99,8 @@ def mosaic_transform(
     boxes, labels, vanished = [], [], 0
     assert len(pictures) == 4
     for k, picture in enumerate(pictures):
-        flip, part = _flip_and_crop(picture.size, transforms, rng)
+        probability = transforms.extra_crop_probability
+        flip, part = _flip_and_crop(picture.size, transforms, rng, probability)
         height, width = fit_inside((part.height, part.width), cell)
         piece = _render(picture, part, (height, width), flip)
         top = centre_y - height if k < 2 else centre_y
@@ -148,11 +149,14 @@ def _scaled(size: tuple[int, int], scale: float, max_side: int) -> tuple[int, in
 
 
 def _flip_and_crop(
-    size: tuple[int, int], transforms: Transforms, rng: np.random.Generator
+    size: tuple[int, int],
+    transforms: Transforms,
+    rng: np.random.Generator,
+    crop_probability: float,
 ) -> tuple[bool, Rectangle]:
     """Draw the flip and the part of an image of `size` that is kept."""
     flip = bool(rng.random() < transforms.flip_probability)
-    if rng.random() >= transforms.crop_probability:
+    if rng.random() >= crop_probability:
         return flip, Rectangle(0, 0, *size)
     # The crop is drawn in pixels of the resized image and made in those of the original.
     short_side = _choose(transforms.crop_short_sides, rng)

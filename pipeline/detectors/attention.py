@@ -83,6 +83,7 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
         self.value_proj = nn.Linear(dim, dim)
         self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Offsets start as rays, one direction for each head, one step longer for each point."""

@@ -20,13 +20,16 @@ from pipeline.semantics.clip import content_hash, load_clip, model_config, pixel
 WEIGHTS_FILE = "teacher.safetensors"
 MANIFEST_FILE = "teacher.json"
 _STRIDE = 32
+_TRAINING_VERSION = 1
+"""Raised with a change of `contrastive.py` that changes weights, so that old ones are not reused."""
 
 
 def teacher_hash(section: TeacherSection, captions_digest: str) -> str:
     """What a trained teacher follows from: model config, training section, captions."""
     assert section.train is not None, "only a teacher with `train` is trained"
     training = section.train.model_dump(mode="json", exclude={"captions"})
-    return content_hash(section.model, model_config(section.model), training, captions_digest)
+    config = model_config(section.model)
+    return content_hash(_TRAINING_VERSION, section.model, config, training, captions_digest)
 
 
 def teacher_dir(section: TeacherSection, data: Data, cache: str | Path) -> Path:

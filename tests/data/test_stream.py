@@ -246,7 +246,9 @@ def test_sources_and_streams_of_steps(indexes: dict[str, Index]) -> None:
 
 
 def test_mosaic_has_the_parts_of_four_samples(indexes: dict[str, Index]) -> None:
-    data = some_data(transforms=SMALL.model_copy(update={"crop_probability": 0.0}))
+    data = some_data(
+        transforms=SMALL.model_copy(update={"crop_probability": 0.0, "extra_crop_probability": 0.0})
+    )
     step = next(a_stream(indexes, data).iterate(1, 2))
     for batch in step.micro_batches:
         for targets in batch.targets:
@@ -285,7 +287,12 @@ def test_labels_that_the_recipe_drops_are_not_seen(indexes: dict[str, Index]) ->
 
 
 def test_images_without_boxes_are_in_the_stream(indexes: dict[str, Index]) -> None:
-    data = some_data(extra=[], transforms=SMALL.model_copy(update={"crop_probability": 0.0}))
+    data = some_data(
+        extra=[],
+        transforms=SMALL.model_copy(
+            update={"crop_probability": 0.0, "extra_crop_probability": 0.0}
+        ),
+    )
     steps = a_stream(indexes, data).iterate(0, 4)
     targets = [t for step in steps for batch in step.micro_batches for t in batch.targets]
     empty = [t for t in targets if not len(t.boxes)]
@@ -311,7 +318,9 @@ def test_unmapped_categories_are_dropped_counted_and_reported(
         train=[a_source("other")],
         extra=[],
         repeat_threshold=0,
-        transforms=SMALL.model_copy(update={"crop_probability": 0.0}),
+        transforms=SMALL.model_copy(
+            update={"crop_probability": 0.0, "extra_crop_probability": 0.0}
+        ),
     )
     with caplog.at_level(logging.WARNING):
         stream = a_stream({"other": other}, data, batch_size=3)

@@ -80,7 +80,9 @@ def test_rectangle_lies_in_its_box_after_flips_and_crops() -> None:
 
 
 def test_flip_moves_the_box_to_the_other_side() -> None:
-    always = SMALL.model_copy(update={"flip_probability": 1.0, "crop_probability": 0.0})
+    always = SMALL.model_copy(
+        update={"flip_probability": 1.0, "crop_probability": 0.0, "extra_crop_probability": 0.0}
+    )
     picture = train_transform(drawn((100, 200), [(0, 10, 50, 30)], [1]), always, generator(0))
     scale = picture.size[0] / 100
     expected = torch.tensor([[150.0, 10, 200, 30]]) * scale
@@ -112,7 +114,7 @@ def test_mosaic_boxes_are_the_visible_parts() -> None:
 
 def test_mosaic_stands_around_a_centre_drawn_from_the_middle_half() -> None:
     parts = [drawn((80, 80), [(0, 0, 80, 80)], [label]) for label in range(4)]
-    whole = SMALL.model_copy(update={"crop_probability": 0.0})
+    whole = SMALL.model_copy(update={"crop_probability": 0.0, "extra_crop_probability": 0.0})
     centres = []
     for seed in range(200):
         boxes = mosaic_transform(parts, whole, generator(seed)).boxes
@@ -128,7 +130,7 @@ def test_mosaic_stands_around_a_centre_drawn_from_the_middle_half() -> None:
 def test_mosaic_drops_slivers_with_their_labels() -> None:
     # 1.6 pixels wide on the canvas: 2 of 100, scaled to a cell of 80.
     part = drawn((100, 100), [(0, 0, 2, 100), (10, 0, 100, 100)], [0, 1])
-    whole = SMALL.model_copy(update={"crop_probability": 0.0})
+    whole = SMALL.model_copy(update={"crop_probability": 0.0, "extra_crop_probability": 0.0})
     picture = mosaic_transform([part] * 4, whole, generator(1))
     assert picture.labels.tolist() == [1] * 4 and picture.vanished == 4
     assert len(picture.boxes) == 4
@@ -136,7 +138,7 @@ def test_mosaic_drops_slivers_with_their_labels() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (7, 2500), (2500, 3)])
 def test_extreme_shapes_are_bounded_in_every_branch(size: tuple[int, int]) -> None:
-    cropping = SMALL.model_copy(update={"crop_probability": 1.0})
+    cropping = SMALL.model_copy(update={"crop_probability": 1.0, "extra_crop_probability": 1.0})
     whole = drawn(size, [(0, 0, size[1], size[0])], [0])
     for transforms in (SMALL, cropping):
         for seed in range(5):
@@ -147,7 +149,12 @@ def test_extreme_shapes_are_bounded_in_every_branch(size: tuple[int, int]) -> No
 
 
 def test_crop_of_an_image_smaller_than_the_crop_keeps_all_of_it() -> None:
-    large = Transforms(crop_probability=1.0, crop_short_sides=[100], crop_sizes=(384, 600))
+    large = Transforms(
+        crop_probability=1.0,
+        extra_crop_probability=1.0,
+        crop_short_sides=[100],
+        crop_sizes=(384, 600),
+    )
     picture = train_transform(drawn((50, 50), [(0, 0, 50, 50)], [0]), large, generator(0))
     assert picture.normalised_boxes().tolist() == [[0.5, 0.5, 1.0, 1.0]]
 
@@ -199,7 +206,11 @@ def test_only_the_given_generator_decides() -> None:
 
 def test_crops_are_of_the_sizes_asked_for() -> None:
     one = Transforms(
-        short_sides=[100], crop_probability=1.0, crop_short_sides=[100], crop_sizes=(50, 80)
+        short_sides=[100],
+        crop_probability=1.0,
+        extra_crop_probability=1.0,
+        crop_short_sides=[100],
+        crop_sizes=(50, 80),
     )
     # The box spans the image, so after the crop it spans the crop: none is lost, none is smaller.
     shapes = set()

@@ -54,9 +54,7 @@ def test_gradients_equal_finite_differences() -> None:
 
 def make_attention() -> DeformableAttention:
     torch.manual_seed(0)
-    attention = DeformableAttention(dim=8, num_heads=4, num_levels=3, num_points=2)
-    attention.reset_parameters()
-    return attention
+    return DeformableAttention(dim=8, num_heads=4, num_levels=3, num_points=2)
 
 
 def test_offsets_start_as_one_ray_for_each_head() -> None:
