@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.data.shards import Index, load_index, shards_url
 from pipeline.data.sources import list_records
@@ -9,6 +10,7 @@ from pipeline.data.storage import exists, resolve
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe, Source
+from pipeline.recipe_file import recipe_from_tree
 from pipeline.training.checkpoint import find_source
 from pipeline.training.manifest import newest_verified, read_manifest, refuse_another_recipe
 
@@ -58,8 +60,10 @@ def needs_teacher(recipe: Recipe) -> bool:
 def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     _check_devices(recipe)
     _check_teacher(recipe)
+    _check_backbone(recipe)
     indexes = {source.name: _find_data(recipe, source) for source in sources_of(recipe)}
     vocabulary = _vocabulary(recipe, indexes)
+    _check_validation(recipe, indexes, vocabulary)
     _check_beginning(recipe, earlier, vocabulary)
     return "\n".join(_describe(recipe, indexes, vocabulary))
 
@@ -94,20 +98,58 @@ def _check_teacher(recipe: Recipe) -> None:
         weights_identity(recipe.teacher, None)
 
 
+def _check_backbone(recipe: Recipe) -> None:
+    import torch
+
+    from pipeline.detectors.backbone import Backbone
+
+    with torch.device("meta"):
+        Backbone(recipe.detector.backbone, pretrained=False)
+    weights = recipe.detector.backbone.weights
+    if weights not in (None, "pretrained") and not Path(weights).is_file():
+        raise RecipeError(
+            f"recipe {recipe.name}: detector.backbone.weights {weights!r} is no file; give a local "
+            "weights file, `pretrained` for timm's own, or null for random ones"
+        )
+
+
+def _check_validation(
+    recipe: Recipe, indexes: dict[str, Index | None], vocabulary: Vocabulary | None
+) -> None:
+    source = recipe.data.validation
+    if source is None:
+        return
+    if source.format != "lvis":
+        raise RecipeError(
+            f"recipe {recipe.name}: data.validation has format {source.format}; the evaluation "
+            "needs annotations in LVIS format"
+        )
+    index = indexes[source.name]
+    if (
+        index is not None
+        and vocabulary is not None
+        and index.vocabulary.digest != vocabulary.digest
+    ):
+        raise RecipeError(
+            f"recipe {recipe.name}: the validation source {source.name} has another vocabulary "
+            f"than the detector: {index.vocabulary.difference(vocabulary)}"
+        )
+
+
 def _find_data(recipe: Recipe, source: Source) -> Index | None:
     """The index of a prepared source; None where raw data is there to prepare it from."""
     data = recipe.data
     try:
         return load_index(shards_url(data, source))
     except StorageError:
-        drawn = data.miniature is not None
-        if drawn or exists(resolve(data.root, source.annotations or source.images)):
+        places = [resolve(data.root, part) for part in (source.annotations, source.images) if part]
+        absent = [place for place in places if not exists(place)]
+        if data.miniature is not None or not absent:
             return None
         raise RecipeError(
             f"recipe {recipe.name}: source {source.name} has neither shards at "
-            f"{shards_url(data, source)} nor raw data at "
-            f"{resolve(data.root, source.annotations or source.images)}; set data.root to the "
-            "folder that holds the raw data sets"
+            f"{shards_url(data, source)} nor raw data at {' and '.join(absent)}; set data.root to "
+            "the folder that holds the raw data sets"
         ) from None
 
 
@@ -140,7 +182,8 @@ def _check_beginning(
         return
     before = earlier.get(recipe.initialize_from)
     if before is None:
-        before = Recipe.model_validate(read_manifest(find_source(recipe)).recipe)
+        manifest = read_manifest(find_source(recipe))
+        before = recipe_from_tree(manifest.recipe, f"the recipe of {recipe.initialize_from}")
     for key in type(recipe.detector).model_fields:
         ours, theirs_value = getattr(recipe.detector, key), getattr(before.detector, key)
         if key not in ("denoising", "losses", "dropout") and ours != theirs_value:

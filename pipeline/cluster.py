@@ -13,12 +13,13 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from pipeline import errors
 from pipeline.errors import LongtailError, StopRequested
 from pipeline.recipe import Cluster, Recipe
-from pipeline.signals import stop_signals
+from pipeline.signals import signals_kept, stop_signals
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
 
 # Ray reads these when it is imported or started; what the user has set stays.
@@ -63,41 +64,46 @@ def start_ray(section: Cluster) -> None:
         return
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if section.address is not None:
-        ray.init(address=section.address, **common)
+        with signals_kept():
+            ray.init(address=section.address, **common)
         return
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     workers = section.workers * section.cpus_per_worker
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, -int(-workers // 1)),
-        object_store_memory=section.object_store_megabytes * 2**20,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        **common,
-    )
+    with signals_kept():
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, -int(-workers // 1)),
+            object_store_memory=section.object_store_megabytes * 2**20,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
 
 
 def run_tasks(
-    function: Callable[[Argument], Result], arguments: Sequence[Argument]
+    function: Callable[[Argument], Result],
+    arguments: Sequence[Argument],
+    stop: threading.Event | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """`function(argument)` of each argument as Ray tasks; yields (position, result) as they end.
 
     A few more tasks than CPUs are under way at a time. A task whose worker dies is tried again;
-    what a task raises is raised here. SIGTERM and SIGINT raise `StopRequested` between results.
+    what a task raises is raised here. `stop`, or SIGTERM and SIGINT where it is not given, raises
+    `StopRequested` between results.
     """
     remote = ray.remote(max_retries=3)(_call)
     limit = 2 * int(ray.cluster_resources().get("CPU", 1))
     waiting = deque(enumerate(arguments))
     under_way: dict[Any, int] = {}
     shared = ray.put(function)
-    with stop_signals() as stop:
+    with _wish(stop) as wish:
         try:
             while waiting or under_way:
                 while waiting and len(under_way) < limit:
                     position, argument = waiting.popleft()
                     under_way[remote.remote(shared, argument, os.getcwd())] = position
                 ready, _ = ray.wait(list(under_way), timeout=POLL_S)
-                if stop.is_set():
+                if wish.is_set():
                     raise StopRequested("stopped on request; finished parts are kept")
                 for reference in ready:
                     position = under_way.pop(reference)
@@ -112,24 +118,27 @@ def run_alone(
     argument: Argument,
     section: Cluster,
     on_progress: OnProgress,
+    stop: threading.Event | None = None,
 ) -> Result:
-    """`function(argument, report)` as one Ray task that holds the CPUs of all training workers.
+    """`function(argument, report)` as one Ray task, with the CPUs of all training workers or of the
+    largest node, whichever are fewer.
 
-    What the task reports comes to `on_progress`. It is tried again when its process dies; SIGTERM
-    and SIGINT end it and raise `StopRequested`.
+    What the task reports comes to `on_progress`. It is tried again when its process dies; `stop`,
+    or SIGTERM and SIGINT where it is not given, ends it and raises `StopRequested`.
     """
     start_ray(section)
     office = ray.remote(num_cpus=0)(_Office).remote()
-    cpus = max(1, int(section.workers * section.cpus_per_worker))
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    cpus = max(1, int(min(section.workers * section.cpus_per_worker, largest)))
     gpus = 1 if section.gpus_per_worker else 0
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
     reference = remote.remote(function, argument, (office, cpus, os.getcwd()))
 
     try:
-        with stop_signals() as stop:
+        with _wish(stop) as wish:
             while not ray.wait([reference], timeout=POLL_S)[0]:
                 _show(office, on_progress)
-                if stop.is_set():
+                if wish.is_set():
                     ray.cancel(reference, force=True)
                     raise StopRequested(
                         "stopped on request; the same command begins this part anew"
@@ -147,12 +156,16 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> None:
+def train_on_cluster(
+    recipe: Recipe,
+    on_progress: OnProgress | None = None,
+    stop: threading.Event | None = None,
+) -> None:
     """Train a stage on Ray workers, from its newest checkpoint, through failures of workers.
 
-    SIGTERM or SIGINT to this process make all workers save a checkpoint; then `StopRequested` is
-    raised. What a worker raises as a `LongtailError` is raised here as the same class. Raises
-    `RecipeError` before anything is started where the run belongs to another recipe.
+    `stop`, or SIGTERM and SIGINT where it is not given, makes all workers save a checkpoint; then
+    `StopRequested` is raised. What a worker raises as a `LongtailError` is raised here as the same
+    class. Raises `RecipeError` before anything is started where the run belongs to another recipe.
     """
     newest = newest_verified(recipe.run_dir)
     if newest is not None:
@@ -170,12 +183,12 @@ def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> N
 
     thread = threading.Thread(target=fit, daemon=True, name="ray train")
     try:
-        with stop_signals() as stop:
+        with _wish(stop) as wish:
             thread.start()
             asked = False
             while thread.is_alive():
                 thread.join(POLL_S)
-                if stop.is_set() and not asked:
+                if wish.is_set() and not asked:
                     asked = True
                     office.stop.remote()
                 _show(office, on_progress)
@@ -189,6 +202,10 @@ def train_on_cluster(recipe: Recipe, on_progress: OnProgress | None = None) -> N
     finally:
         ray.kill(office)
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _wish(stop: threading.Event | None) -> AbstractContextManager[threading.Event]:
+    return stop_signals() if stop is None else nullcontext(stop)
 
 
 class _Office:

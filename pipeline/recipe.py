@@ -26,6 +26,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, tree: object) -> object:
+        """Python's True is an int, and pydantic would take `batch_size: true` for 1."""
+        if isinstance(tree, dict):
+            for name, value in tree.items():
+                known = cls.model_fields.get(name)
+                if isinstance(value, bool) and known is not None and known.annotation is not bool:
+                    raise ValueError(f"{name} is not a yes-or-no value, and was given {value}")
+        return tree
+
 
 class Source(Section):
     """One raw data set, as published. Paths are relative to `data.root`."""
@@ -269,7 +280,7 @@ class Training(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
-    ema_decay: Fraction = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     checkpoint_every: PositiveCount = 1000
     keep_checkpoints: PositiveCount = 3
     log_every: PositiveCount = 50
@@ -281,6 +292,10 @@ class Training(Section):
         late = [step for step in self.drop_steps if step >= self.steps]
         if late:
             raise ValueError(f"drop_steps {late} are not before the last step ({self.steps})")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is not before the last step ({self.steps})"
+            )
         if self.drop_steps and self.schedule != "step":
             raise ValueError("drop_steps belong to `schedule: step`")
         return self
@@ -313,7 +328,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     description: str = ""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: str = "runs"
     initialize_from: str | None = None
     data: Data

@@ -72,7 +72,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"recipe {path} does not exist; give the path of a YAML file, such as "
             "recipes/quickstart.yaml"
         )
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}"

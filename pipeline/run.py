@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from pipeline.check import check_stages, needs_teacher, sources_of
 from pipeline.cluster import run_alone, run_tasks, start_ray, stop_ray, train_on_cluster
 from pipeline.data.miniature import draw_world
 from pipeline.data.shards import Index, RunTasks, load_index, prepare_source, shards_url
-from pipeline.errors import StorageError
+from pipeline.errors import StopRequested, StorageError
 from pipeline.evaluation.checkpoints import evaluate_newest, is_evaluated
 from pipeline.evaluation.results import format_table
 from pipeline.progress import Progress
@@ -19,6 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.page import write_report
 from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir, trained_weights
+from pipeline.signals import stop_signals
 from pipeline.training.build import cache_dir
 from pipeline.training.checkpoint import export_detector
 from pipeline.training.loop import worker_device
@@ -48,8 +50,8 @@ def train_stages(recipes: Sequence[Recipe]) -> None:
 def evaluate_stages(recipes: Sequence[Recipe], *, official: bool) -> None:
     """`longtail evaluate`: the newest checkpoint of each recipe, in mid-training too."""
 
-    def evaluate(recipe: Recipe) -> None:
-        print(_evaluate(recipe, official=official))
+    def evaluate(recipe: Recipe, stop: Event) -> None:
+        print(_evaluate(recipe, stop, official=official))
         print(f"report: {write_report(recipe.run_dir)}", flush=True)
 
     _in_order(recipes, evaluate)
@@ -63,47 +65,58 @@ def export_stage(recipe: Recipe, output: Path) -> Path:
     return export_detector(directory, output, recipe.evaluation.use_ema)
 
 
-def _in_order(recipes: Sequence[Recipe], work: Callable[[Recipe], None]) -> None:
-    check_stages(recipes)
-    try:
-        for before, recipe in zip([None, *recipes], recipes, strict=False):
-            if before is not None and before.cluster != recipe.cluster:
-                stop_ray()
-            work(recipe)
-    finally:
-        stop_ray()
+def _in_order(recipes: Sequence[Recipe], work: Callable[[Recipe, Event], None]) -> None:
+    """Check all recipes, then do the work of each; SIGTERM and SIGINT raise `StopRequested` at the
+    next place where nothing is lost, from the first moment on."""
+    with stop_signals() as stop:
+        check_stages(recipes)
+        try:
+            for before, recipe in zip([None, *recipes], recipes, strict=False):
+                if before is not None and before.cluster != recipe.cluster:
+                    stop_ray()
+                _go_on(stop)
+                work(recipe, stop)
+        finally:
+            stop_ray()
 
 
-def _run_stage(recipe: Recipe) -> None:
+def _go_on(stop: Event) -> None:
+    if stop.is_set():
+        raise StopRequested("stopped on request; run the same command to go on")
+
+
+def _run_stage(recipe: Recipe, stop: Event) -> None:
     started = time.monotonic()
     print(f"== {recipe.name}: {recipe.description or 'stage'}", flush=True)
-    _prepare(recipe)
-    _train(recipe)
+    _prepare(recipe, stop)
+    _train(recipe, stop)
     if recipe.data.validation is None:
         print("evaluation: none, the recipe has no validation source")
     elif is_evaluated(recipe):
         results = json.loads((recipe.run_dir / "results.json").read_text(encoding="utf-8"))
         print(f"evaluation: done already\n{format_table(results)}")
     else:
-        print(_evaluate(recipe, official=False))
+        print(_evaluate(recipe, stop, official=False))
     report = write_report(recipe.run_dir)
     print(f"report: {report} ({time.monotonic() - started:.0f} s in all)", flush=True)
 
 
-def _prepare(recipe: Recipe) -> None:
+def _prepare(recipe: Recipe, stop: Event) -> None:
     data = recipe.data
     if data.miniature is not None:
-        draw = _tasks(recipe, f"drawing the {data.miniature} world")
+        draw = _tasks(recipe, stop, f"drawing the {data.miniature} world")
         draw_world(data.root, data.miniature, data.miniature_seed, draw)
     for source in sources_of(recipe):
+        _go_on(stop)
         with Progress(f"shards of {source.name}", "images") as progress:
-            index = prepare_source(source, data, _tasks(recipe), progress.update)
+            index = prepare_source(source, data, _tasks(recipe, stop), progress.update)
         print(f"shards of {source.name}: {_describe(index)}", flush=True)
     if needs_teacher(recipe) and recipe.teacher.train is not None:
-        _prepare_teacher(recipe)
+        _go_on(stop)
+        _prepare_teacher(recipe, stop)
 
 
-def _tasks(recipe: Recipe, title: str | None = None) -> RunTasks:
+def _tasks(recipe: Recipe, stop: Event, title: str | None = None) -> RunTasks:
     """Ray tasks; Ray is not started before there is something to do."""
 
     def run(
@@ -112,7 +125,7 @@ def _tasks(recipe: Recipe, title: str | None = None) -> RunTasks:
         if not arguments:
             return
         start_ray(recipe.cluster)
-        results = run_tasks(function, arguments)
+        results = run_tasks(function, arguments, stop)
         if title is None:
             yield from results
             return
@@ -136,13 +149,13 @@ def _describe(index: Index) -> str:
     return f"{text}; {'; '.join(left_out)}" if left_out else text
 
 
-def _prepare_teacher(recipe: Recipe) -> None:
+def _prepare_teacher(recipe: Recipe, stop: Event) -> None:
     directory = teacher_dir(recipe.teacher, recipe.data, cache_dir(recipe))
     if trained_weights(directory) is not None:
         print(f"teacher: trained already, {directory}", flush=True)
         return
     with Progress("training the teacher", "steps") as progress:
-        run_alone(_train_teacher, recipe, recipe.cluster, progress.update)
+        run_alone(_train_teacher, recipe, recipe.cluster, progress.update, stop)
 
 
 def _train_teacher(recipe: Recipe, report: Report) -> None:
@@ -158,19 +171,20 @@ def _train_teacher(recipe: Recipe, report: Report) -> None:
     )
 
 
-def _train(recipe: Recipe) -> None:
+def _train(recipe: Recipe, stop: Event) -> None:
+    _go_on(stop)
     newest = newest_verified(recipe.run_dir)
     if newest is not None and read_manifest(newest).step >= recipe.training.steps:
         print(f"training: done already, {recipe.training.steps} steps", flush=True)
         return
     with Progress(f"training {recipe.name}", "steps") as progress:
-        train_on_cluster(recipe, progress.update)
+        train_on_cluster(recipe, progress.update, stop)
 
 
-def _evaluate(recipe: Recipe, *, official: bool) -> str:
+def _evaluate(recipe: Recipe, stop: Event, *, official: bool) -> str:
     with Progress(f"evaluating {recipe.name}", "images") as progress:
         task = partial(_evaluate_newest, official=official)
-        return run_alone(task, recipe, recipe.cluster, progress.update)
+        return run_alone(task, recipe, recipe.cluster, progress.update, stop)
 
 
 def _evaluate_newest(recipe: Recipe, report: Report, *, official: bool) -> str:

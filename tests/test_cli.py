@@ -134,3 +134,27 @@ def test_evaluate_files_anywhere(tmp_path: Path) -> None:
         "evaluate", "--annotations", "gt.json", "--detections", "dt.json", cwd=tmp_path
     )
     assert_refused(refused, 65, "7")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("detector.backbone.name=resnet81", "resnet81"),
+        ("detector.backbone.weights=nowhere.safetensors", "is no file"),
+        ("data.validation.format=objects365", "LVIS format"),
+    ],
+)
+def test_check_finds_what_would_fail_in_a_worker(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    recipes = [RECIPES / "tiny_pretrain.yaml", RECIPES / "tiny.yaml"]
+    if "validation" not in override:
+        recipes = recipes[:1]
+        refused = longtail("check", *recipes, override, cwd=tmp_path)
+    else:
+        text = (
+            recipes[1].read_text().replace("lvis_val, format: lvis", "lvis_val, format: objects365")
+        )
+        (tmp_path / "tiny.yaml").write_text(text)
+        refused = longtail("check", recipes[0], tmp_path / "tiny.yaml", cwd=tmp_path)
+    assert_refused(refused, 78, message)

@@ -35,6 +35,7 @@ from pipeline.data.index import (
 from pipeline.data.sample import Sample
 from pipeline.data.sources import Record, RecordSet, list_records, read_record
 from pipeline.data.storage import (
+    exists,
     list_directory,
     publish,
     publish_bytes,
@@ -112,6 +113,11 @@ def prepare_source(
     is no index.
     """
     url = shards_url(data, source)
+    if not exists(resolve(data.root, source.annotations or source.images)):
+        # Shards travel without the raw data that they were made from.
+        index = _whole_index(url, list_directory(url)[0])
+        if index is not None:
+            return index
     record_set = list_records(source, data.root)
     tasks = _plan_tasks(url, record_set, data.samples_per_shard)
     digests = [FORMAT_VERSION, record_set.vocabulary.to_json(), [t.inputs_digest for t in tasks]]
@@ -225,6 +231,12 @@ def _records_digest(records: Sequence[Record]) -> str:
 
 def _prepared_index(url: str, inputs_digest: str, present: dict[str, int]) -> Index | None:
     """The index that is there, if it is of these inputs and its shards are there in full size."""
+    index = _whole_index(url, present)
+    return index if index is not None and index.inputs_digest == inputs_digest else None
+
+
+def _whole_index(url: str, present: dict[str, int]) -> Index | None:
+    """The index that is there, if its shards are there in full size."""
     if HEADER_FILE not in present:
         return None
     try:
@@ -232,7 +244,7 @@ def _prepared_index(url: str, inputs_digest: str, present: dict[str, int]) -> In
     except StorageError:
         return None
     whole = all(present.get(shard.file) == shard.num_bytes for shard in index.shards)
-    return index if whole and index.inputs_digest == inputs_digest else None
+    return index if whole else None
 
 
 def _write_missing(

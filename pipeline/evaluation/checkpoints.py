@@ -3,16 +3,17 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 from pipeline.data.shards import Index, load_index, shards_url
-from pipeline.data.storage import resolve
+from pipeline.data.storage import read_bytes, resolve
 from pipeline.data.stream import EvaluationSet
 from pipeline.errors import RecipeError, StorageError
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.examples import save_examples
-from pipeline.evaluation.ground_truth import load_annotations, parse_ground_truth
+from pipeline.evaluation.ground_truth import parse_ground_truth
 from pipeline.evaluation.official import official_lvis
 from pipeline.evaluation.results import (
     AP_KEYS,
@@ -25,7 +26,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoint import load_detector
-from pipeline.training.manifest import newest_verified, read_manifest
+from pipeline.training.manifest import MANIFEST, file_digest, newest_verified, read_manifest
 
 
 def evaluate_newest(
@@ -67,26 +68,40 @@ def evaluate_newest(
     detections = detect(detector, batches, device, limit, vocabulary, progress=count)
     seconds = time.monotonic() - started
 
-    annotations = load_annotations(resolve(recipe.data.root, source.annotations))
+    annotations = json.loads(read_bytes(resolve(recipe.data.root, source.annotations)))
     truth = parse_ground_truth(annotations, source.annotations)
     counts = load_index(shards_url(recipe.data, recipe.data.vocabulary_source)).image_counts()
     results = evaluate_detections(truth, detections, vocabulary, counts, limit)
     results["images_per_second"] = images.num_images / seconds
     text = format_table(results)
     if official:
-        results["official"] = official_lvis(annotations, detections)
+        results["official"] = official_lvis(annotations, detections, limit)
         text += "\n" + format_comparison(results, results["official"])
-    folder = write_results(recipe.run_dir, step, results, detections)
+    folder = evaluation_dir(recipe.run_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
     reader = _image_reader(index)
     save_examples(folder, truth, detections, reader, recipe.evaluation.example_images)
+    results["of"] = _identity(recipe, directory)
+    write_results(recipe.run_dir, step, results, detections)
     _log(recipe, step, results)
     return text
 
 
 def is_evaluated(recipe: Recipe) -> bool:
-    """Whether the last step's evaluation is there."""
-    folder = evaluation_dir(recipe.run_dir, recipe.training.steps)
-    return (folder / "results.json").is_file() and (folder / "examples.json").is_file()
+    """Whether the newest checkpoint has been evaluated as the recipe asks, last of all."""
+    directory, path = newest_verified(recipe.run_dir), recipe.run_dir / "results.json"
+    if directory is None or not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8")).get("of")
+    return bool(found == _identity(recipe, directory))
+
+
+def _identity(recipe: Recipe, directory: Path) -> dict[str, object]:
+    """What figures are of: the very checkpoint, and the way that it is evaluated."""
+    return {
+        "checkpoint": file_digest(directory / MANIFEST)["sha256"],
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+    }
 
 
 def _image_reader(index: Index) -> Callable[[int], bytes]:

@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 
 from pipeline.data.batch import Batch, Targets, normalise
 from pipeline.data.shards import load_index, shards_url
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Data
 from pipeline.recipe import Teacher as TeacherSection
 from pipeline.semantics.clip import content_hash, load_clip, model_config, pixel_statistics
@@ -21,7 +21,7 @@ WEIGHTS_FILE = "teacher.safetensors"
 MANIFEST_FILE = "teacher.json"
 _STRIDE = 32
 _TRAINING_VERSION = 1
-"""Raised with a change of `contrastive.py` that changes weights, so that old ones are not reused."""
+"""Raised with a change of `contrastive.py` that changes weights: old ones are not reused then."""
 
 
 def teacher_hash(section: TeacherSection, captions_digest: str) -> str:
@@ -44,11 +44,14 @@ def trained_weights(directory: Path) -> Path | None:
     manifest, weights = directory / MANIFEST_FILE, directory / WEIGHTS_FILE
     if not manifest.is_file():
         return None
-    expected = json.loads(manifest.read_text(encoding="utf-8"))["bytes"]
-    if not weights.is_file() or weights.stat().st_size != expected:
-        raise RecipeError(
-            f"{weights} is not the {expected} bytes that {MANIFEST_FILE} states; delete "
-            f"{directory} and run again to train the teacher anew"
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["bytes"]
+    except (ValueError, KeyError, TypeError):
+        expected = None
+    if expected is None or not weights.is_file() or weights.stat().st_size != expected:
+        raise StorageError(
+            f"{directory} does not hold the whole teacher that its {MANIFEST_FILE} states; delete "
+            "it and run again to train the teacher anew"
         )
     return weights
 

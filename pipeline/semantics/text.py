@@ -7,11 +7,12 @@ from pathlib import Path
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.data.vocabulary import clean_name
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Teacher
 from pipeline.semantics.clip import (
     content_hash,
@@ -50,7 +51,10 @@ def text_embeddings(
     key = content_hash(model_config(section.model), identity, patterns, cleaned)
     path = Path(cache_dir) / f"text_{key}.safetensors"
     if path.is_file():
-        return load_file(path)["text_embeddings"]
+        try:
+            return load_file(path)["text_embeddings"]
+        except (SafetensorError, KeyError) as error:
+            raise StorageError(f"{path} is damaged ({error}); delete it and run again") from None
     embeddings = _embed(section, weights, cleaned, patterns)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
+from pipeline.recipe_file import recipe_from_tree
 from pipeline.training.manifest import (
     Manifest,
     checkpoint_dir,
@@ -179,7 +180,7 @@ def load_detector(directory: Path, use_ema: bool) -> tuple[nn.Module, Vocabulary
     from pipeline.detectors import build_detector
 
     manifest = verify(directory)
-    recipe = Recipe.model_validate(manifest.recipe)
+    recipe = recipe_from_tree(manifest.recipe, f"the recipe of {directory}")
     vocabulary = Vocabulary.from_json(manifest.vocabulary)
     weights = load_weights(directory, use_ema)
     embeddings = [t for name, t in weights.items() if name.split(".")[-1] == "text_embeddings"]

@@ -197,7 +197,8 @@ def class_columns(
     number = max(0, section.federated_categories - int(present.sum()))
     drawn = np.argsort(-keys, kind="stable")[:number]
     drawn = drawn[weights[drawn] > 0]
-    return np.union1d(np.flatnonzero(present), drawn)
+    columns = np.union1d(np.flatnonzero(present), drawn)
+    return columns if len(columns) else None
 
 
 def run_step(
@@ -284,9 +285,14 @@ def train_here(recipe: Recipe) -> None:
 
 
 def worker_device(recipe: Recipe) -> torch.device:
-    """This worker's GPU, where the recipe asks for one and there is one; else the CPU."""
-    if recipe.cluster.gpus_per_worker == 0 or not torch.cuda.is_available():
+    """This worker's GPU, or the CPU where the recipe asks for none; `RecipeError` without one."""
+    if recipe.cluster.gpus_per_worker == 0:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"cluster.gpus_per_worker is {recipe.cluster.gpus_per_worker:g} and torch finds no GPU "
+            "here; set it to 0 to use the CPU"
+        )
     number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

@@ -29,6 +29,7 @@ HARMLESS_KEYS = (
     "data.root",
     "data.shards",
     "data.workers",
+    "data.bad_sample_budget",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
