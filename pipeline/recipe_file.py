@@ -53,8 +53,9 @@ _Loader.add_constructor(
 
 def parse_yaml(text: str, origin: str) -> object:
     """Safe YAML 1.2 scalars; raises `RecipeError` naming `origin` and the line."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        return loader.get_single_data()
     except RecipeError as error:
         raise RecipeError(f"{origin}, {error}") from None
     except yaml.YAMLError as error:
@@ -62,6 +63,8 @@ def parse_yaml(text: str, origin: str) -> object:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{origin}{where}: not valid YAML ({problem})") from None
+    finally:
+        loader.dispose()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
