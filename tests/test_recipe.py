@@ -51,6 +51,10 @@ def test_defaults_are_the_papers(recipe_file: Path) -> None:
         ("teacher.promts=single", "did you mean 'prompts'"),
         ("training.steps=abc", "training.steps: input should be a valid integer"),
         ("training.batch_size=0", "greater than or equal to 1"),
+        ("training.batch_size=true", "batch_size is not a yes-or-no value"),
+        ("training.warmup_steps=100", "warmup_steps 100 is not before the last step"),
+        ("training.ema_decay=1.0", "less than 1"),
+        ("seed=99999999999999999999", "less than"),
         ("training.drop_steps=[200]", "not before the last step"),
         ("training.learning_rate=-1", "greater than 0"),
         ("cluster.workers=3", "does not divide among cluster.workers 3"),
@@ -147,6 +151,9 @@ def test_yaml_that_hides_something_is_refused(text: str, message: str) -> None:
 def test_missing_file_and_wrong_top_level(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("description: caf\u00e9".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(RecipeError, match="a recipe is a mapping"):
         load_recipe(tmp_path / "list.yaml")

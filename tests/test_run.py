@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,36 @@ def test_the_exported_student_holds_neither_teacher_nor_branch(finished: Path) -
     assert exported and all(name.startswith("detector.") for name in exported)
     refused = longtail("export", RECIPES / "tiny.yaml", "-o", "exported", cwd=finished)
     assert refused.returncode == 74 and "exists already" in refused.stderr
+
+
+def test_figures_belong_to_the_way_they_were_made(finished: Path) -> None:
+    """Another way to evaluate evaluates again; the checkpoint is the same."""
+    again = longtail("run", *STAGES, "evaluation.max_detections=100", cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("training: done already") == 2
+    assert "evaluation: done already" not in again.stdout
+    assert "top 100 detections per image" in again.stdout
+
+
+def test_sigterm_before_training_ends_with_75(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", *map(str, STAGES)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("== tiny_pretrain")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert "stopped on request" in errors and "Traceback" not in errors
+    assert not list(tmp_path.rglob("step_*")), "it stopped before it trained"
 
 
 def test_a_changed_recipe_does_not_continue_the_old_run(finished: Path) -> None:

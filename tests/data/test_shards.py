@@ -147,6 +147,17 @@ def test_prepared_sources_are_left_alone(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in folder_of(tmp_path).iterdir()} == before
 
 
+def test_shards_travel_without_their_raw_data(tmp_path: Path) -> None:
+    before = prepare_lvis(tmp_path)
+    (tmp_path / "lvis.json").unlink()
+    runner, data = Runner(), data_of(tmp_path, LVIS, samples_per_shard=4)
+    assert prepare_source(LVIS, data, runner).digest == before.digest
+    assert not runner.files
+    next(folder_of(tmp_path).glob("*.tar")).unlink()
+    with pytest.raises(RecipeError, match=r"lvis\.json"):
+        prepare_source(LVIS, data, runner)
+
+
 def test_an_interrupted_preparation_goes_on(tmp_path: Path) -> None:
     write_lvis(tmp_path, num_images=10)
     data = data_of(tmp_path, LVIS, samples_per_shard=4)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from pipeline.data.batch import Batch, Targets, collate
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Source, TeacherTraining
 from pipeline.recipe import Teacher as TeacherSection
 from pipeline.semantics.clip import load_clip, new_clip
@@ -188,7 +188,10 @@ def test_trained_weights_are_found_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(json.dumps({"bytes": 5}))
     assert trained_weights(tmp_path) == tmp_path / WEIGHTS_FILE
     (tmp_path / WEIGHTS_FILE).write_bytes(b"1234")
-    with pytest.raises(RecipeError, match="delete"):
+    with pytest.raises(StorageError, match="delete"):
+        trained_weights(tmp_path)
+    (tmp_path / MANIFEST_FILE).write_text('{"bytes": ')
+    with pytest.raises(StorageError, match="delete"):
         trained_weights(tmp_path)
 
 
