@@ -100,7 +100,7 @@ def main() -> None:
     """Prepare, train, evaluate on the training photographs, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the real sample data")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--output", type=Path, help="keep the run here (default: removed)")
     arguments = parser.parse_args()
     output = arguments.output or Path(tempfile.mkdtemp(prefix="memorise_real_"))
