@@ -189,9 +189,11 @@ class TrainReader:
         absent = set.intersection(*(set(sample.negative_category_ids) for sample in samples))
         partial = set().union(*(sample.not_exhaustive_category_ids for sample in samples))
         source = reader.source
+        # Labels that are not learnt must not reach the matching or the denoising queries either.
+        labels = picture.labels if source.use_class else torch.full_like(picture.labels, -1)
         targets = Targets(
             boxes=picture.normalised_boxes(),
-            labels=picture.labels,
+            labels=labels,
             image_id=first.image_id,
             size=picture.size,
             original_size=original_size,

@@ -29,6 +29,7 @@ from pipeline.semantics.teacher import (
     region_embeddings,
     trained_weights,
     trunk,
+    weights_digest,
 )
 
 Progress = Callable[[int, int, float], None]
@@ -252,7 +253,7 @@ def _publish(directory: Path, section: Teacher, digest: str, model: nn.Module) -
             "model": section.model,
             "training": section.train and section.train.model_dump(mode="json"),
             "captions": digest,
-            "bytes": (temporary / WEIGHTS_FILE).stat().st_size,
+            "sha256": weights_digest(temporary / WEIGHTS_FILE),
         }
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         temporary.chmod(0o755)

@@ -1,5 +1,6 @@
 """The frozen CLIP teacher: soft labels of the ground-truth boxes of a batch."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -45,15 +46,21 @@ def trained_weights(directory: Path) -> Path | None:
     if not manifest.is_file():
         return None
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))["bytes"]
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
     except (ValueError, KeyError, TypeError):
         expected = None
-    if expected is None or not weights.is_file() or weights.stat().st_size != expected:
+    if expected is None or not weights.is_file() or weights_digest(weights) != expected:
         raise StorageError(
             f"{directory} does not hold the whole teacher that its {MANIFEST_FILE} states; delete "
             "it and run again to train the teacher anew"
         )
     return weights
+
+
+def weights_digest(weights: Path) -> str:
+    """The sha256 that a teacher's manifest states."""
+    with weights.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Teacher:

@@ -43,16 +43,24 @@ def schedule_factor(step: int, section: Training) -> float:
 
 
 def parameter_groups(module: nn.Module, section: Training) -> list[dict[str, Any]]:
-    """AdamW groups: the backbone has its own learning rate. Each group is {params, lr, base_lr}."""
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    """AdamW groups: the backbone has its own learning rate; norms and biases are not decayed.
+
+    Each group is {params, lr, base_lr, weight_decay}.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups["backbone" in name.split(".")].append(parameter)
+            kind = "backbone" in name.split("."), parameter.ndim > 1
+            groups.setdefault(kind, []).append(parameter)
     rates = {False: section.learning_rate, True: section.backbone_learning_rate}
     return [
-        {"params": parameters, "lr": rates[key], "base_lr": rates[key]}
-        for key, parameters in groups.items()
-        if parameters
+        {
+            "params": parameters,
+            "lr": rates[of_backbone],
+            "base_lr": rates[of_backbone],
+            "weight_decay": section.weight_decay if decayed else 0.0,
+        }
+        for (of_backbone, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -134,9 +142,7 @@ class Engine:
         names = self.shapes.keys() | dict(named_persistent_buffers(module)).keys()
         assert names == module.state_dict().keys(), "a parameter has two names in the state dict"
         num_elements = sum(parameter.numel() for parameter in self._trainable.values())
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, section), weight_decay=section.weight_decay
-        )
+        optimizer = torch.optim.AdamW(parameter_groups(module, section))
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -286,6 +286,17 @@ def test_labels_that_the_recipe_drops_are_not_seen(indexes: dict[str, Index]) ->
     assert len(labels) > 6 and (labels == -1).all()
 
 
+def test_labels_that_are_not_learnt_leave_the_boxes_in_place(indexes: dict[str, Index]) -> None:
+    learnt = next(a_stream(indexes, some_data()).iterate(0, 1))
+    boxes_only = some_data(train=[a_source("train", use_class=False)])
+    step = next(a_stream(indexes, boxes_only).iterate(0, 1))
+    for batch, full in zip(step.micro_batches, learnt.micro_batches, strict=True):
+        for targets, labelled in zip(batch.targets, full.targets, strict=True):
+            assert torch.equal(targets.boxes, labelled.boxes)
+            assert (targets.labels == -1).all() and (labelled.labels >= 0).all()
+            assert targets.class_weight == 0
+
+
 def test_images_without_boxes_are_in_the_stream(indexes: dict[str, Index]) -> None:
     data = some_data(
         extra=[],

@@ -1,5 +1,6 @@
 """Soft labels: equal to open_clip where it can say, neutral to padding, indifferent to company."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -185,12 +186,14 @@ def test_trained_weights_are_found_whole_or_not_at_all(tmp_path: Path) -> None:
     assert trained_weights(tmp_path / "absent") is None
     (tmp_path / WEIGHTS_FILE).write_bytes(b"12345")
     assert trained_weights(tmp_path) is None
-    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"bytes": 5}))
+    digest = hashlib.sha256(b"12345").hexdigest()
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"sha256": digest}))
     assert trained_weights(tmp_path) == tmp_path / WEIGHTS_FILE
-    (tmp_path / WEIGHTS_FILE).write_bytes(b"1234")
-    with pytest.raises(StorageError, match="delete"):
-        trained_weights(tmp_path)
-    (tmp_path / MANIFEST_FILE).write_text('{"bytes": ')
+    for damaged in (b"1234", b"12346"):
+        (tmp_path / WEIGHTS_FILE).write_bytes(damaged)
+        with pytest.raises(StorageError, match="delete"):
+            trained_weights(tmp_path)
+    (tmp_path / MANIFEST_FILE).write_text('{"sha256": ')
     with pytest.raises(StorageError, match="delete"):
         trained_weights(tmp_path)
 

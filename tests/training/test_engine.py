@@ -46,9 +46,7 @@ def toy_student() -> Student:
 def reference(steps: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Plain PyTorch on the whole batch: losses, weights and averaged weights."""
     student, training = toy_student(), section()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(student, training), weight_decay=training.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(student, training))
     trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
     averaged = {name: p.detach().clone() for name, p in trainable.items()}
     losses = []
@@ -147,14 +145,23 @@ def test_schedule_is_a_function_of_the_step() -> None:
     assert factors[2:] == sorted(factors[2:], reverse=True) and factors[-1] > 0
 
 
-def test_the_backbone_has_its_own_learning_rate_and_frozen_parameters_none() -> None:
+def test_parameter_groups_are_by_backbone_and_by_decay_and_leave_out_frozen_parameters() -> None:
     student = toy_student()
-    rest, backbone = parameter_groups(student, section())
-    assert (rest["lr"], backbone["lr"]) == (1e-2, 1e-3)
-    assert {id(p) for p in backbone["params"]} == {
-        id(p) for p in student.detector.backbone[2].parameters()
+    training = section(weight_decay=0.1)
+    groups = parameter_groups(student, training)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    found = {}
+    for group in groups:
+        assert group["lr"] == group["base_lr"]
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = group["lr"], group["weight_decay"]
+    expected = {
+        name: (1e-3 if "backbone" in name else 1e-2, 0.1 if parameter.ndim > 1 else 0.0)
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad
     }
-    assert len(rest["params"]) == 4
+    assert found == expected
+    assert len(set(expected.values())) == 4 and len(expected) < len(names)
 
 
 @pytest.mark.parametrize(
