@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.evaluation.ground_truth import integers, numbers, read_json, refuse
+
+_PIECE_CHARACTERS = 1 << 24
+_SEAM = re.compile(r"\}\s*,\s*\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,20 @@ class Detections:
 
     def __post_init__(self) -> None:
         assert self.bbox.shape == (len(self), 4) and len(self.category_id) == len(self)
-        refuse(
-            ~((self.score >= 0) & (self.score <= 1)),
-            self.score,
-            "is a score outside [0, 1]",
-            "detections",
-        )
-        negative = (self.bbox[:, 2:] < 0).any(axis=1)
-        refuse(negative, self.image_id, "is an image with a box of negative size", "detections")
+        outside = ~((self.score >= 0) & (self.score <= 1))
+        entries = self._entries(outside, self.score)
+        refuse(outside, entries, "has a score outside [0, 1]", "detections")
+        negative = (self.bbox[:, 2] < 0) | (self.bbox[:, 3] < 0)
+        entries = self._entries(negative, self.bbox)
+        refuse(negative, entries, "has a box of negative size (bbox is x, y, w, h)", "detections")
+
+    def _entries(self, bad: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[Any]:
+        """How the first bad entries are named in an error, in a column of all entries."""
+        names = np.full(len(self), "", dtype=object)
+        for row in np.flatnonzero(bad)[:3].tolist():
+            value = values[row].tolist()
+            names[row] = f"entry {row} (image {int(self.image_id[row])}, {value})"
+        return names
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -68,8 +78,18 @@ class Detections:
 
 
 def load_detections(path: str | Path) -> Detections:
-    """Read an LVIS or COCO result json; a violated rule is a `DataError` that names the file."""
-    rows = read_json(path)
+    """Read an LVIS or COCO result json; a violated rule is a `DataError` that names the file.
+
+    It is read in pieces: millions of entries as Python objects would take many times the memory of
+    the arrays that they become.
+    """
+    path = Path(path)
+    try:
+        parts = [_columns(rows, str(path)) for rows in _pieces(path)]
+        return Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    except (DataError, OSError, ValueError):
+        # Read whole, it gives the error of the whole file: with the number of all bad entries.
+        rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(
             f"{path}: detections are a json list of image_id, category_id, bbox and score, this is "
@@ -78,14 +98,48 @@ def load_detections(path: str | Path) -> Detections:
     return parse_detections(rows, str(path))
 
 
+def _pieces(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The entries of a json list in the file's order, some at a time; `ValueError` if it is not."""
+    with path.open(encoding="utf-8") as file:
+        rest = file.read(_PIECE_CHARACTERS).lstrip()
+        if not rest.startswith("["):
+            raise ValueError("no json list")
+        rest = rest[1:]
+        while more := file.read(_PIECE_CHARACTERS):
+            rest += more
+            cut = _last_seam(rest)
+            if cut is None:
+                continue
+            try:
+                rows = json.loads(f"[{rest[: cut.start() + 1]}]")
+            except json.JSONDecodeError:
+                continue  # Not a seam between entries, but inside of one: the next may be.
+            rest = rest[cut.end() - 1 :]
+            yield rows
+        yield json.loads("[" + rest)
+
+
+def _last_seam(text: str) -> re.Match[str] | None:
+    """The last place where one object ends and the next begins."""
+    end = len(text)
+    while (end := text.rfind("}", 0, end)) >= 0:
+        if seam := _SEAM.match(text, end):
+            return seam
+    return None
+
+
+def _columns(rows: Sequence[dict[str, Any]], origin: str) -> tuple[NDArray[Any], ...]:
+    return (
+        integers(rows, "image_id", origin),
+        integers(rows, "category_id", origin),
+        numbers(rows, "bbox", origin, width=4),
+        numbers(rows, "score", origin),
+    )
+
+
 def parse_detections(rows: Sequence[dict[str, Any]], origin: str = "detections") -> Detections:
     """Entries of a result json as arrays; a violated rule is a `DataError`."""
-    return Detections(
-        image_id=integers(rows, "image_id", origin),
-        category_id=integers(rows, "category_id", origin),
-        bbox=numbers(rows, "bbox", origin, width=4),
-        score=numbers(rows, "score", origin),
-    )
+    return Detections(*_columns(rows, origin))
 
 
 def concatenate(parts: Sequence[Detections]) -> Detections:

@@ -169,9 +169,10 @@ def _pairs(
 
 
 def refuse(bad: NDArray[np.bool_] | np.bool_, values: NDArray[Any], rule: str, origin: str) -> None:
-    """Raise a `DataError` with the number of bad rows and the values of the first three."""
+    """Raise a `DataError` with the number of bad rows and the first three different values."""
     if bad.any():
-        first = ", ".join(str(value) for value in np.unique(values[bad])[:3].tolist())
+        different = dict.fromkeys(values[bad][:1000].tolist())
+        first = ", ".join(str(value) for value in list(different)[:3])
         raise DataError(f"{origin}: {first} {rule} ({int(bad.sum())} of {len(values)})")
 
 

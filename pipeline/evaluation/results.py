@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import DataError
-from pipeline.evaluation.detections import Detections, load_detections
+from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.federated_ap import (
-    MAX_DETECTIONS,
+    FIXED,
+    LVIS,
+    LVIS_1000,
     FederatedAP,
-    Matches,
+    Protocol,
     accumulate,
-    match,
+    kept,
+    over_limit,
 )
 from pipeline.evaluation.ground_truth import (
     Annotations,
@@ -26,12 +30,16 @@ from pipeline.evaluation.ground_truth import (
     load_annotations,
     parse_ground_truth,
 )
-from pipeline.evaluation.official import official_lvis
+from pipeline.evaluation.matching import Matches, match
+from pipeline.evaluation.operating import operating_point, precision_recall
 
+PROTOCOLS = (LVIS, LVIS_1000, FIXED)
+"""All that are counted in one pass; the first is the LVIS challenge's and the default."""
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
 Results = dict[str, Any]
-"""`AP_KEYS` and AR keys (fractions, None where undefined), protocol, counts, per_category."""
+"""`AP_KEYS` and AR keys (fractions, None where undefined), protocol, protocols, operating_point,
+counts; curves and per_category, which have files of their own."""
 
 
 def evaluate_detections(
@@ -39,14 +47,17 @@ def evaluate_detections(
     detections: Detections,
     vocabulary: Vocabulary | None = None,
     train_image_counts: Mapping[int, int] | None = None,
-    max_detections: int = MAX_DETECTIONS,
+    protocol: Protocol = LVIS,
+    score_threshold: float | None = None,
 ) -> Results:
     """LVIS box AP of `detections`, overall and by category.
 
     `vocabulary` is the detector's; its categories must mean the same as the annotations'.
     `train_image_counts` (category id -> training images) go into the per-category rows; without
     them, the counts that the annotations state. Only the images that the detector saw are
-    evaluated (`detections.images`). Raises `DataError` for files that cannot be evaluated.
+    evaluated (`detections.images`). `protocol` is that of the figures on the top level; those of
+    all of `PROTOCOLS` are under "protocols". `score_threshold` is that of the operating point.
+    Raises `DataError` for files that cannot be evaluated.
     """
     truth = read_ground_truth(ground_truth)
     if vocabulary is not None:
@@ -54,20 +65,52 @@ def evaluate_detections(
     num_annotated = len(truth.image_ids)
     if detections.images is not None:
         truth = truth.subset(detections.images)
-    matches = match(truth, detections, max_detections)
-    figures = accumulate(matches)
-    images = f"{len(truth.image_ids):,}"
-    if len(truth.image_ids) < num_annotated:
-        images += f" of {num_annotated:,}"
+    matches = match(truth, detections)
+    return summarize(truth, matches, num_annotated, train_image_counts, protocol, score_threshold)
+
+
+def summarize(
+    truth: GroundTruth,
+    matches: Matches,
+    num_annotated: int,
+    train_image_counts: Mapping[int, int] | None = None,
+    protocol: Protocol = LVIS,
+    score_threshold: float | None = None,
+) -> Results:
+    """The figures of (merged) matches on `truth`, which has `num_annotated` images in the file."""
+    keep = kept(matches, protocol)
+    figures = accumulate(matches, keep)
+    labelled = {}
+    for other in PROTOCOLS:
+        same = other == protocol or np.array_equal(kept(matches, other), keep)
+        other_figures = figures if same else accumulate(matches, kept(matches, other))
+        labelled[other.name] = {
+            "protocol": _sentence(other, matches, num_annotated),
+            **_summary(other_figures, truth, other),
+        }
+    groups = {"all": np.arange(truth.num_categories), **_columns_by_frequency(truth)}
+    point = operating_point(matches, keep, score_threshold)
     return {
-        "protocol": (
-            f"LVIS box AP, federated, IoU 0.50:0.95, top {max_detections} detections per image, "
-            f"{images} images"
-        ),
-        **_summary(figures, truth, max_detections),
-        "counts": _counts(truth, matches, num_annotated),
-        "per_category": _per_category(figures, truth, matches, train_image_counts),
+        "protocol": _sentence(protocol, matches, num_annotated),
+        **_summary(figures, truth, protocol),
+        "protocols": labelled,
+        "operating_point": None if point is None else point.to_json(),
+        "counts": _counts(truth, matches, keep, protocol, num_annotated),
+        "curves": precision_recall(figures, groups),
+        "per_category": _per_category(figures, truth, matches, keep, train_image_counts),
     }
+
+
+def _sentence(protocol: Protocol, matches: Matches, num_annotated: int) -> str:
+    """What was measured, so that figures of different protocols are never taken for each other."""
+    images = f"{len(matches.image_ids):,}"
+    if len(matches.image_ids) < num_annotated:
+        images += f" of {num_annotated:,}"
+    limit = str(protocol)
+    most = matches.most_per_image
+    if protocol.per_image is None or most < protocol.per_image:
+        limit += f" (at most {most:,} per image were given)"
+    return f"LVIS box AP, federated, IoU 0.50:0.95, {limit}, {images} images"
 
 
 def read_ground_truth(ground_truth: GroundTruth | Annotations | str | Path) -> GroundTruth:
@@ -91,7 +134,7 @@ def _check_vocabulary(truth: GroundTruth, vocabulary: Vocabulary) -> None:
 
 
 def _summary(
-    figures: FederatedAP, truth: GroundTruth, max_detections: int
+    figures: FederatedAP, truth: GroundTruth, protocol: Protocol
 ) -> dict[str, float | None]:
     summary = {
         "AP": figures.ap(),
@@ -100,14 +143,26 @@ def _summary(
     }
     areas = ("small", "medium", "large")
     summary |= {f"AP{area[0]}": figures.ap(area) for area in areas}
-    for frequency in "rcf":
-        group = np.array([value == frequency for value in truth.frequencies], bool)
-        summary[f"AP{frequency}"] = figures.ap(columns=np.flatnonzero(group))
-    summary[f"AR@{max_detections}"] = figures.ar()
-    return summary | {f"AR{area[0]}@{max_detections}": figures.ar(area) for area in areas}
+    for frequency, columns in _columns_by_frequency(truth).items():
+        summary[f"AP{frequency}"] = figures.ap(columns=columns)
+    summary[f"AR@{protocol.name}"] = figures.ar()
+    return summary | {f"AR{area[0]}@{protocol.name}": figures.ar(area) for area in areas}
 
 
-def _counts(truth: GroundTruth, matches: Matches, num_annotated: int) -> dict[str, Any]:
+def _columns_by_frequency(truth: GroundTruth) -> dict[str, NDArray[np.int64]]:
+    return {
+        frequency: np.flatnonzero([value == frequency for value in truth.frequencies])
+        for frequency in "rcf"
+    }
+
+
+def _counts(
+    truth: GroundTruth,
+    matches: Matches,
+    keep: NDArray[np.bool_],
+    protocol: Protocol,
+    num_annotated: int,
+) -> dict[str, Any]:
     present = np.unique(matches.truth_column).tolist()
     groups = [truth.frequencies[column] for column in present]
     return {
@@ -120,8 +175,8 @@ def _counts(truth: GroundTruth, matches: Matches, num_annotated: int) -> dict[st
             **{frequency: groups.count(frequency) for frequency in "rcf"},
         },
         "detections": matches.given,
-        "detections_over_limit": matches.over_limit,
-        "detections_counted": len(matches.score),
+        "detections_over_limit": over_limit(matches, protocol),
+        "detections_counted": int(keep.sum()),
     }
 
 
@@ -129,13 +184,14 @@ def _per_category(
     figures: FederatedAP,
     truth: GroundTruth,
     matches: Matches,
+    keep: NDArray[np.bool_],
     train_image_counts: Mapping[int, int] | None,
 ) -> list[dict[str, Any]]:
     size = truth.num_categories
     pairs = np.unique(np.stack([matches.truth_column, matches.truth_image_id]), axis=1)
     images = np.bincount(pairs[0], minlength=size).tolist()
     instances = np.bincount(matches.truth_column, minlength=size).tolist()
-    counted = np.bincount(matches.column, minlength=size).tolist()
+    counted = np.bincount(matches.column[keep], minlength=size).tolist()
     rows = []
     for column, category_id in enumerate(truth.category_ids.tolist()):
         stated = int(truth.image_counts[column])
@@ -169,7 +225,8 @@ def evaluation_dir(run_dir: Path, step: int) -> Path:
 def write_results(run_dir: Path, step: int, results: Results, detections: Detections) -> Path:
     """Publish an evaluation and make it the run's last one; returns its directory.
 
-    Writes detections.json, per_category.csv and last results.json, each complete or not at all.
+    Writes detections.json, per_category.csv, curves.json and last results.json, each complete or
+    not at all.
     """
     folder = evaluation_dir(run_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,14 +237,21 @@ def write_results(run_dir: Path, step: int, results: Results, detections: Detect
     writer.writeheader()
     writer.writerows(rows)
     _publish(folder / "per_category.csv", table.getvalue())
+    _publish(folder / "curves.json", json.dumps(results["curves"], allow_nan=False) + "\n")
     text = _to_json(results | {"step": step})
     _publish(folder / "results.json", text)
     _publish(Path(run_dir) / "results.json", text)
     return folder
 
 
+def save_results(path: Path, results: Results) -> None:
+    """Write everything that was measured as json, complete or not at all."""
+    _publish(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
 def _to_json(results: Results) -> str:
-    figures = {key: value for key, value in results.items() if key != "per_category"}
+    apart = ("per_category", "curves")
+    figures = {key: value for key, value in results.items() if key not in apart}
     return json.dumps(figures, indent=2, allow_nan=False) + "\n"
 
 
@@ -198,44 +262,45 @@ def _publish(path: Path, text: str) -> None:
 
 
 def format_table(results: Results) -> str:
-    """The protocol line, the nine figures in aligned columns, and what they were counted on."""
+    """The protocol line, the nine figures in aligned columns, and what they were counted on.
+
+    Other protocols follow where their figures are others: they have rows of their own, named.
+    """
     counts = results["counts"]
     groups = counts["categories_with_ground_truth"]
-    return "\n".join(
-        [
-            results["protocol"],
-            "".join(f"{key:>8}" for key in AP_KEYS),
-            "".join(f"{format_fraction(results[key]):>8}" for key in AP_KEYS),
-            f"{counts['instances']:,} boxes of {groups['all']:,} categories "
-            f"({groups['r']:,} rare, {groups['c']:,} common, {groups['f']:,} frequent); "
-            f"{counts['detections']:,} detections, {counts['detections_over_limit']:,} beyond the "
-            f"limit, {counts['detections_counted']:,} in categories that count",
-        ]
-    )
+    frequencies = ""
+    if any(groups[frequency] for frequency in "rcf"):
+        frequencies = f" ({groups['r']:,} rare, {groups['c']:,} common, {groups['f']:,} frequent)"
+    lines = [
+        results["protocol"],
+        "".join(f"{key:>8}" for key in AP_KEYS),
+        _row(results),
+        f"{counts['instances']:,} boxes of {groups['all']:,} categories{frequencies}; "
+        f"{counts['detections']:,} detections, {counts['detections_over_limit']:,} beyond the "
+        f"limit, {counts['detections_counted']:,} in categories that count",
+    ]
+    for other in (results.get("protocols") or {}).values():
+        if _row(other) != _row(results):
+            lines += [other["protocol"], _row(other)]
+    point = results.get("operating_point")
+    if point is not None:
+        precision, recall, iou = (
+            format_fraction(point[key]) for key in ("precision", "recall", "mean_iou")
+        )
+        lines.append(
+            f"at score {point['score_threshold']:.3f} and IoU {point['iou_threshold']:.2f}: "
+            f"precision {precision}, recall {recall}, mean IoU of the true positives {iou}"
+        )
+    return "\n".join(lines)
+
+
+def _row(figures: Mapping[str, Any]) -> str:
+    return "".join(f"{format_fraction(figures[key]):>8}" for key in AP_KEYS)
 
 
 def format_fraction(value: float | None) -> str:
     """Four decimals, or a dash where the figure is undefined."""
     return "-" if value is None else f"{value:.4f}"
-
-
-def evaluate_files(
-    annotations: str | Path, detections: str | Path, out: str | Path | None, official: bool
-) -> str:
-    """Evaluate anybody's LVIS annotations and result json; returns the table as text.
-
-    `out` takes the figures as json. With `official` the `lvis` package runs beside: its figures and
-    the differences are in the text and in the json. Raises `DataError` for bad files.
-    """
-    tree, found = load_annotations(annotations), load_detections(detections)
-    results = evaluate_detections(parse_ground_truth(tree, str(annotations)), found)
-    text = format_table(results)
-    if official:
-        results["official"] = official_lvis(tree, found)
-        text += "\n" + format_comparison(results, results["official"])
-    if out is not None:
-        _publish(Path(out), _to_json(results))
-    return text
 
 
 def format_comparison(results: Results, official: Mapping[str, float | None]) -> str:

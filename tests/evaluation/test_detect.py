@@ -98,5 +98,5 @@ def test_an_image_that_comes_twice_is_refused() -> None:
 
 def test_a_diverged_detector_is_named() -> None:
     detector = FixedDetector(torch.full((1, 2), float("nan")), torch.full((1, 4), 0.5))
-    with pytest.raises(DataError, match="nan is a score outside"):
+    with pytest.raises(DataError, match="nan\\) has a score outside"):
         detect(detector, [batch(3)], "cpu", 4, VOCABULARY)

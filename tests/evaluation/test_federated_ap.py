@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections, concatenate, parse_detections
-from pipeline.evaluation.federated_ap import Matches, accumulate, match, merge
+from pipeline.evaluation.federated_ap import (
+    FIXED,
+    LVIS,
+    FederatedAP,
+    Protocol,
+    accumulate,
+    kept,
+    over_limit,
+    top_of_image,
+)
 from pipeline.evaluation.ground_truth import parse_ground_truth
+from pipeline.evaluation.matching import Matches, match, merge
 from pipeline.evaluation.official import official_lvis
 from pipeline.evaluation.results import evaluate_detections
 
@@ -97,9 +107,53 @@ def test_only_the_best_300_of_an_image_count(decimals: int) -> None:
     assert results["counts"]["detections_over_limit"] > 100
     assert_equal_to_official(tree, detections)
     for limit in (17, 10_000):
-        ours = evaluate_detections(tree, detections, max_detections=limit)
+        ours = evaluate_detections(tree, detections, protocol=top_of_image(limit))
         for key, value in official_lvis(tree, detections, limit).items():
             assert ours[key] == pytest.approx(value, abs=1e-12), (limit, key)
+
+
+@pytest.mark.parametrize("limit", [5, 40, 10_000])
+def test_fixed_ap_is_the_official_figure_of_each_categorys_best(limit: int) -> None:
+    """Cutting the list by category beforehand and by image never is the definition itself."""
+    tree = draw_annotations(9, num_images=10)
+    detections = disturb(tree, 10, copies=12, score_decimals=9)
+    best = []
+    for category_id in np.unique(detections.category_id):
+        rows = np.flatnonzero(detections.category_id == category_id)
+        best.append(rows[np.argsort(-detections.score[rows], kind="stable")[:limit]])
+    rows = np.sort(np.concatenate(best))
+    cut = Detections(
+        detections.image_id[rows],
+        detections.category_id[rows],
+        detections.bbox[rows],
+        detections.score[rows],
+    )
+    protocol = Protocol("fixed", per_category=limit)
+    ours = evaluate_detections(tree, detections, protocol=protocol)
+    assert ours["counts"]["detections_over_limit"] == len(detections) - len(rows)
+    for key, value in official_lvis(tree, cut, -1).items():
+        expected = None if value is None else pytest.approx(value, abs=1e-12)
+        assert ours[key.replace("@-1", "@fixed")] == expected, key
+
+
+def test_every_protocol_comes_from_one_pass_and_is_labelled() -> None:
+    tree = draw_annotations(5, num_images=3, boxes_per_image=12)
+    detections = disturb(tree, 6, copies=80, score_decimals=6)
+    results = evaluate_detections(tree, detections)
+    labelled = results["protocols"]
+    assert list(labelled) == ["300", "1000", "fixed"]
+    for number in ("300", "1000"):
+        for key, value in official_lvis(tree, detections, int(number)).items():
+            assert labelled[number][key] == pytest.approx(value, abs=1e-12), (number, key)
+    assert {key: results[key] for key in KEYS} == {key: labelled["300"][key] for key in KEYS}
+    assert results["AP"] != labelled["1000"]["AP"] != labelled["fixed"]["AP"]
+    most = int(np.bincount(detections.image_id).max())
+    assert most > 1000
+    assert labelled["1000"]["protocol"].endswith("top 1,000 detections per image, 3 images")
+    assert (
+        f"top 10,000 detections per category, none cut by image (at most {most:,} per image"
+        in (labelled["fixed"]["protocol"])
+    )
 
 
 def one_image(negative: list[int], not_exhaustive: list[int]) -> Tree:
@@ -161,6 +215,10 @@ def test_annotation_id_zero_is_an_id_like_any_other() -> None:
     assert assert_equal_to_official(tree, found((1, 1, 0, 0.9)))["APr"] == pytest.approx(1.0)
 
 
+def figures_of(matches: Matches, protocol: Protocol) -> FederatedAP:
+    return accumulate(matches, kept(matches, protocol))
+
+
 def test_parts_merge_to_exactly_the_whole() -> None:
     tree = draw_annotations(7, num_images=12)
     detections, truth = disturb(tree, 8, score_decimals=1), parse_ground_truth(tree)
@@ -176,13 +234,13 @@ def test_parts_merge_to_exactly_the_whole() -> None:
         )
         parts.append(match(truth.subset(ids), mine))
     merged = merge(parts)
-    for ours, expected in zip(
-        (accumulate(merged).precision, accumulate(merged).recall),
-        (accumulate(whole).precision, accumulate(whole).recall),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, expected)
-    assert (merged.given, merged.over_limit) == (whole.given, whole.over_limit)
+    for protocol in (LVIS, top_of_image(3), FIXED, Protocol("few", per_category=9)):
+        ours, expected = figures_of(merged, protocol), figures_of(whole, protocol)
+        np.testing.assert_array_equal(ours.precision, expected.precision)
+        np.testing.assert_array_equal(ours.recall, expected.recall)
+        assert over_limit(merged, protocol) == over_limit(whole, protocol)
+    assert over_limit(whole, top_of_image(3)) > 0 < over_limit(whole, Protocol("few", None, 9))
+    assert merged.given == whole.given == len(detections)
     with pytest.raises(DataError, match="more than one part"):
         merge([*parts, parts[0]])
 

@@ -51,7 +51,10 @@ def test_bad_annotations(change: Callable[[Tree], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score": 1.5}, r"1.5 is a score outside \[0, 1\] \(1 of 1\)"),
+        (
+            {"score": 1.5},
+            r"entry 0 \(image 1, 1.5\) has a score outside \[0, 1\] \(1 of 1\)",
+        ),
         ({"score": float("nan")}, "score is not finite"),
         ({"bbox": [0, 0, 5, -1]}, "negative size"),
         ({"bbox": [0, 0, 5, float("inf")]}, "bbox is not finite"),
@@ -92,6 +95,41 @@ def test_detections_survive_a_file_to_the_last_bit(tmp_path: Path) -> None:
     for name in ("image_id", "category_id", "bbox", "score"):
         np.testing.assert_array_equal(getattr(again, name), getattr(detections, name))
     assert [path.name for path in tmp_path.iterdir()] == ["detections.json"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
+    """Pieces end inside entries, strings and nested objects, and no entry is lost or torn."""
+    rows = [
+        DETECTION
+        | {
+            "image_id": i,
+            "score": i / 500,
+            "note": "}, {",
+            "parts": [{"a": 1}, {"b": {}}] * (i % 4),
+        }
+        for i in range(400)
+    ]
+    path = tmp_path / "dt.json"
+    path.write_text(json.dumps(rows, indent=indent))
+    for size in (7, 100, 4096):
+        monkeypatch.setattr("pipeline.evaluation.detections._PIECE_CHARACTERS", size)
+        pieces = load_detections(path)
+        whole = parse_detections(rows)
+        for name in ("image_id", "category_id", "bbox", "score"):
+            np.testing.assert_array_equal(getattr(pieces, name), getattr(whole, name))
+    for spoiled in (399, 3, 200):
+        rows[spoiled]["score"] = 7.0
+    path.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"entry 3 \(image 3, 7.0\), entry 200 .* \(3 of 400\)"):
+        load_detections(path)
+    path.write_text(json.dumps(rows)[:-40])
+    with pytest.raises(DataError, match=r"dt\.json is not complete json"):
+        load_detections(path)
+    path.write_text("[]")
+    assert len(load_detections(path)) == 0
 
 
 def test_a_subset_keeps_the_federation_of_its_images() -> None:

@@ -18,7 +18,6 @@ from pipeline.evaluation.ground_truth import parse_ground_truth
 from pipeline.evaluation.results import (
     AP_KEYS,
     evaluate_detections,
-    evaluate_files,
     format_table,
     write_results,
 )
@@ -58,8 +57,8 @@ def test_undefined_figures_are_null_and_a_dash(tmp_path: Path, tree: Tree) -> No
     results = evaluate_detections(tree, detections)
     write_results(tmp_path, 1, results, detections)
     assert json.loads((tmp_path / "results.json").read_text())["APr"] is None
-    protocol, names, figures, counts = format_table(results).splitlines()
-    assert "top 300" in protocol
+    protocol, names, figures, counts, point = format_table(results).splitlines()
+    assert "top 300" in protocol and point.startswith("at score ")
     assert dict(zip(names.split(), figures.split(), strict=True))["APr"] == "-"
     assert len(names) == len(figures)
     assert "0 rare" in counts
@@ -76,21 +75,6 @@ def test_train_image_counts_and_vocabulary(tree: Tree, detections: Detections) -
     renamed = Vocabulary([Category(id=categories[0].id, name="kite"), *categories[1:]])
     with pytest.raises(DataError, match="is 'kite' to the detector and 'thing"):
         evaluate_detections(tree, detections, renamed)
-
-
-def test_anybodys_files(tmp_path: Path, tree: Tree, detections: Detections) -> None:
-    (tmp_path / "gt.json").write_text(json.dumps(tree))
-    detections.save(tmp_path / "dt.json")
-    text = evaluate_files(tmp_path / "gt.json", tmp_path / "dt.json", tmp_path / "out.json", True)
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert text.startswith(format_table(evaluate_detections(tree, detections)))
-    for key, value in written["official"].items():
-        assert written[key] == pytest.approx(value, abs=1e-12)
-    assert "difference" in text
-    tree["annotations"].append(tree["annotations"][0])
-    (tmp_path / "gt.json").write_text(json.dumps(tree))
-    with pytest.raises(DataError, match=r"gt\.json: annotations: .* more than once"):
-        evaluate_files(tmp_path / "gt.json", tmp_path / "dt.json", None, False)
 
 
 def test_examples_show_rare_categories_first(
