@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
+_LARGEST = 1e100
+DASH = "\u2013"
+
 
 def section(title: str, *parts: str) -> str:
     """A titled section, or nothing where it has nothing to show."""
@@ -17,14 +20,39 @@ def figure(title: str, *parts: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</figure>"
 
 
+def grid(*figures: str) -> str:
+    """Figures two in a row, where there is room, or nothing where there are none."""
+    body = "".join(figures)
+    return f'<div class="grid2">{body}</div>' if body else ""
+
+
+def note(text: str) -> str:
+    """A line of plain text beside what it explains."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def folded(summary: str, body: str) -> str:
+    """Something that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Names and values as a row of plain text, or nothing where there are none."""
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
+    return f"<dl>{items}</dl>" if items else ""
+
+
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """(name, class) pairs with a sample of each colour."""
-    items = "".join(
-        f'<li><svg viewBox="0 0 18 10" class="swatch"><line class="line {style}" x1="0" x2="18" '
-        f'y1="5" y2="5"/></svg>{escape(name)}</li>'
-        for name, style in entries
-    )
-    return f'<ul class="legend">{items}</ul>'
+    """(name, class) pairs with a sample of each line."""
+    items = []
+    for name, style in entries:
+        sample = f'<line class="line {style}" x1="0" x2="22" y1="5" y2="5"/>'
+        if "hollow" in style.split():
+            sample += f'<circle class="dot {style}" cx="11" cy="5" r="3.5"/>'
+        items.append(
+            f'<li><svg viewBox="0 0 22 10" class="swatch">{sample}</svg>{escape(name)}</li>'
+        )
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def mark_legend(entries: Sequence[tuple[str, str]]) -> str:
@@ -48,9 +76,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -
     )
 
 
+def number(value: object) -> float | None:
+    """A finite number that an axis can hold, or None for whatever else stands in a file."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < _LARGEST else None
+
+
 def fraction(value: object) -> str:
     """Three decimals, or a dash where a figure is undefined."""
-    return f"{value:.3f}" if isinstance(value, int | float) else "&ndash;"
+    known = number(value)
+    return DASH if known is None else f"{known:.3f}"
+
+
+def count(value: object) -> str:
+    """A whole number with separators, or a dash."""
+    known = number(value)
+    return DASH if known is None else f"{known:,.0f}"
+
+
+def difference(value: float | None) -> str:
+    """A signed difference of fractions, coloured by its sign; a dash where there is none."""
+    if value is None:
+        return DASH
+    style = "gain" if value >= 0.0005 else "loss" if value <= -0.0005 else "same"
+    sign = {"gain": "+", "loss": "\u2212", "same": "\u00b1"}[style]
+    return f'<span class="{style}">{sign}{abs(value):.3f}</span>'
 
 
 def duration(seconds: float) -> str:

@@ -42,7 +42,7 @@ def losses_section(run: RunData) -> str:
 
 def _streams_apart(steps: Sequence[Event]) -> bool:
     """Whether lines are of single steps, of both streams; longer windows mix the streams."""
-    streams = {event.get("stream") for event in steps}
+    streams = {str(event.get("stream")) for event in steps}
     return {"train", "extra"} <= streams and steps[-1]["step"] - steps[0]["step"] < len(steps)
 
 

@@ -3,7 +3,6 @@
 import base64
 import csv
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
+from pipeline.report.elements import number
 
 Event = dict[str, Any]
 
@@ -19,6 +19,7 @@ Event = dict[str, Any]
 class CategoryRow:
     """One line of per_category.csv; None where a figure is undefined or not known."""
 
+    category_id: int
     name: str
     frequency: str
     train_images: int | None
@@ -46,14 +47,17 @@ class Evaluation:
     results: dict[str, Any]
     categories: list[CategoryRow]
     examples: list[Example]
+    curves: dict[str, Any]
+    """curves.json: precision over recall; empty where it was not written."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
     """A run, finished or not. `steps` and `evaluations` ascend by step, each step once.
 
-    `recipe` is None where recipe.yaml is missing or of another version; `notes` say so, and name
-    whatever else could not be read.
+    `curve` holds the figures of every evaluation, logged or stored, those on a subset of the images
+    too. `recipe` is None where recipe.yaml is missing or of another version; `notes` say so, and
+    name whatever else could not be read.
     """
 
     name: str
@@ -61,7 +65,34 @@ class RunData:
     steps: list[Event]
     curve: list[Event]
     evaluations: list[Evaluation]
+    environment: dict[str, Any]
     notes: list[str]
+
+    @property
+    def result(self) -> Event | None:
+        """The last evaluation of all images; the last one on a subset where there is no other."""
+        full = [event for event in self.curve if subset_of(event) is None]
+        return next(reversed(full or self.curve), None)
+
+    @property
+    def shown(self) -> Evaluation | None:
+        """The stored evaluation that categories and pictures are shown of, chosen likewise."""
+        full = [one for one in self.evaluations if subset_of(one.results) is None]
+        return next(reversed(full or self.evaluations), None)
+
+
+def subset_of(results: Event) -> str | None:
+    """`n of m images` where figures are of a part of the validation images, else None."""
+    subset = results.get("subset")
+    if isinstance(subset, str) and subset:
+        return subset
+    counts = results.get("counts")
+    if not isinstance(counts, dict):
+        return None
+    images, annotated = counts.get("images"), counts.get("images_annotated")
+    if isinstance(images, int) and isinstance(annotated, int) and images < annotated:
+        return f"{images:,} of {annotated:,} images"
+    return None
 
 
 def read_run(run_dir: Path) -> RunData:
@@ -84,6 +115,7 @@ def read_run(run_dir: Path) -> RunData:
         steps=_by_step(events, "step"),
         curve=_evaluation_curve(events, evaluations),
         evaluations=evaluations,
+        environment=_read_environment(run_dir / "environment.json", notes),
         notes=notes,
     )
 
@@ -94,6 +126,23 @@ def _read_recipe(path: Path, notes: list[str]) -> Recipe | None:
     except RecipeError as error:
         notes.append(f"The recipe is not shown: {error}.")
         return None
+
+
+def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return _mapping(path)
+    except (OSError, ValueError) as error:
+        notes.append(f"environment.json could not be read ({error}).")
+        return {}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError(f"a mapping is expected, this is {type(tree).__name__}")
+    return tree
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Event]:
@@ -122,12 +171,16 @@ def _by_step(events: list[Event], kind: str) -> list[Event]:
 
 
 def _evaluation_curve(events: list[Event], evaluations: list[Evaluation]) -> list[Event]:
-    logged = [event | {"event": "evaluation"} for event in _by_step(events, "evaluation")]
-    stored = [
-        {"event": "evaluation", **evaluation.results, "step": evaluation.step}
-        for evaluation in evaluations
-    ]
-    return _by_step([*logged, *stored], "evaluation")
+    """Every evaluation once. What was logged and what was stored of one are put together; an
+    evaluation on a subset stands beside one of all images at the same step."""
+    merged: dict[tuple[int, str], Event] = {}
+    logged = [event for event in events if event.get("event") == "evaluation"]
+    stored = [{**evaluation.results, "step": evaluation.step} for evaluation in evaluations]
+    for event in [*logged, *stored]:
+        subset = event.get("subset")
+        key = (event["step"], subset.replace(",", "") if isinstance(subset, str) else "")
+        merged[key] = {**merged.get(key, {}), **event, "event": "evaluation"}
+    return [merged[key] for key in sorted(merged)]
 
 
 def _read_evaluation(folder: Path, notes: list[str]) -> Evaluation | None:
@@ -135,10 +188,15 @@ def _read_evaluation(folder: Path, notes: list[str]) -> Evaluation | None:
     if not path.is_file():
         return None  # results.json is written last: this evaluation is still going
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        step = int(results["step"])
-        return Evaluation(step, results, _read_categories(folder), _read_examples(folder))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+        results = _mapping(path)
+        return Evaluation(
+            step=int(results["step"]),
+            results=results,
+            categories=_read_categories(folder),
+            examples=_read_examples(folder),
+            curves=_mapping(folder / "curves.json") if (folder / "curves.json").is_file() else {},
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
         notes.append(f"evaluations/{folder.name} could not be read ({error!r}).")
         return None
 
@@ -150,11 +208,12 @@ def _read_categories(folder: Path) -> list[CategoryRow]:
     with path.open(newline="", encoding="utf-8") as file:
         return [
             CategoryRow(
+                category_id=int(row["category_id"]),
                 name=row["name"],
                 frequency=row["frequency"],
                 train_images=int(row["train_images"]) if row["train_images"] else None,
                 instances=int(row["instances"]),
-                ap=float(row["AP"]) if row["AP"] else None,
+                ap=number(float(row["AP"])) if row["AP"] else None,
             )
             for row in csv.DictReader(file)
         ]
@@ -182,8 +241,5 @@ def _read_examples(folder: Path) -> list[Example]:
 
 def points(events: list[Event], key: str) -> list[tuple[float, float]]:
     """(step, value) of the events that have a finite number under `key`."""
-    return [
-        (float(event["step"]), float(event[key]))
-        for event in events
-        if isinstance(event.get(key), int | float) and math.isfinite(event[key])
-    ]
+    values = [(float(event["step"]), number(event.get(key))) for event in events]
+    return [(step, value) for step, value in values if value is not None]

@@ -1,16 +1,21 @@
 """Throughput, and where the time of a step goes."""
 
+from html import escape
 from statistics import median
 
 from pipeline.report.charts import Series, line_chart, share_bar
-from pipeline.report.elements import duration, figure, section, table
+from pipeline.report.elements import duration, figure, legend, number, section, table
 from pipeline.report.run_data import Event, RunData, points
 
 _WAITS = (("data_wait", "waiting for data", "c2"), ("teacher_wait", "waiting for teacher", "c3"))
+_MEMORY = (
+    ("memory_gb", "resident memory of a worker process", "c1"),
+    ("gpu_memory_gb", "GPU memory", "c2"),
+)
 
 
 def speed_section(run: RunData) -> str:
-    """Images a second over steps, the shares of data, teacher and compute, samples by source."""
+    """Images a second, shares of data, teacher and compute, samples by source, memory."""
     rates = points(run.steps, "images_per_second")
     if not rates and not any("seconds" in event for event in run.steps):
         return ""
@@ -20,6 +25,7 @@ def speed_section(run: RunData) -> str:
         _shares(run.steps),
         '<div class="grid2">',
         figure("Images per second", chart),
+        _memory(run.steps),
         _samples(run.steps),
         "</div>",
     )
@@ -56,12 +62,30 @@ def _shares(steps: list[Event]) -> str:
     )
 
 
-def _samples(steps: list[Event]) -> str:
+def _memory(steps: list[Event]) -> str:
+    series = [
+        Series(name, style, points(steps, key))
+        for key, name, style in _MEMORY
+        if points(steps, key)
+    ]
+    chart = line_chart(series, "Memory over steps", axis_titles=("step", "GB"))
+    shown = legend([(one.name, one.style) for one in series])
+    return figure("Memory", shown, chart)
+
+
+def samples_by_source(steps: list[Event]) -> dict[str, int]:
+    """Samples that all logged steps together took of each source."""
     totals: dict[str, int] = {}
     for event in steps:
-        for source, count in (event.get("samples") or {}).items():
-            totals[source] = totals.get(source, 0) + int(count)
-    rows = [[name, f"{count:,}"] for name, count in sorted(totals.items())]
+        samples = event.get("samples")
+        for source, value in samples.items() if isinstance(samples, dict) else ():
+            totals[source] = totals.get(source, 0) + int(number(value) or 0)
+    return totals
+
+
+def _samples(steps: list[Event]) -> str:
+    totals = samples_by_source(steps)
+    rows = [[escape(name), f"{count:,}"] for name, count in sorted(totals.items())]
     rates = [value for _, value in points(steps, "images_per_second")]
     if rates:
         rows.append(["images per second, median", f"{median(rates):.1f}"])

@@ -18,7 +18,8 @@ from pipeline.recipe_file import recipe_from_tree
 SOURCE = {"name": "lvis", "format": "lvis", "images": "lvis", "annotations": "lvis.json"}
 
 
-def write_recipe(run_dir: Path, steps: int) -> None:
+def write_recipe(run_dir: Path, steps: int, **sections: Any) -> None:
+    """A recipe named after its folder; `sections` replace whole sections of it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = recipe_from_tree(
         {
@@ -26,10 +27,39 @@ def write_recipe(run_dir: Path, steps: int) -> None:
             "description": "Fine-tuning with soft labels & image-level extra data.",
             "data": {"root": "data", "train": [SOURCE]},
             "training": {"steps": steps},
+            **sections,
         },
         "test",
     )
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def write_environment(run_dir: Path) -> None:
+    packages = {"torch": "2.15.0", "open-clip-torch": "3.3.0", "numpy": "2.4.6", "tqdm": "4.70.1"}
+    environment = {
+        "python": "3.11.7",
+        "platform": "Linux-6.1-x86_64 <libc>",
+        "processors": 16,
+        "world_size": 4,
+        "devices": ["NVIDIA H200"] * 4,
+        "packages": packages,
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+
+
+def log_evaluation(run_dir: Path, step: int, ap: float, **more: Any) -> None:
+    """An evaluation as it is logged while the run goes on, without a folder of its own."""
+    figures = {"AP": ap, "AP50": ap * 1.6, "APr": ap * 0.7, "APc": ap, "APf": ap * 1.2}
+    line = {"event": "evaluation", "step": step, **figures, **more}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def consumed(samples: int) -> dict[str, Any]:
+    return {
+        "samples": {"lvis": samples, "imagenet_lvis": samples // 2},
+        "instances": {"r": samples // 50, "c": samples // 2, "f": samples * 7},
+    }
 
 
 def step_event(step: int, steps: int, rng: np.random.Generator, extra: bool) -> dict[str, Any]:
@@ -53,6 +83,8 @@ def step_event(step: int, steps: int, rng: np.random.Generator, extra: bool) -> 
         "teacher_wait": 0.2,
         "seconds": 2.4,
         "samples": {"imagenet_lvis" if extra else "lvis": 16},
+        "memory_gb": 3.1 + 0.4 * step / steps,
+        "gpu_memory_gb": 11.5 + (0.2 if extra else 0.0),
         "stream": "extra" if extra else "train",
     }
 
@@ -74,9 +106,12 @@ def photograph(image_id: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_evaluation(run_dir: Path, step: int, skill: float, num_categories: int = 60) -> None:
-    """An evaluation whose AP grows with `skill` and with a category's training images."""
-    rng = np.random.default_rng(1)
+def write_evaluation(
+    run_dir: Path, step: int, skill: float, num_categories: int = 60, seed: int = 1
+) -> None:
+    """An evaluation whose AP grows with `skill` and with a category's training images; `seed` is
+    of the detections, the ground truth is the same for all."""
+    rng, noise = np.random.default_rng(1), np.random.default_rng(seed)
     counts = np.maximum(1, (2000 / np.arange(1, num_categories + 1) ** 1.45)).astype(int)
     categories, images, annotations, rows = [], [], [], []
     for column, count in enumerate(counts.tolist()):
@@ -84,7 +119,7 @@ def write_evaluation(run_dir: Path, step: int, skill: float, num_categories: int
         name = f"striped <thing> {column + 1}"
         category = {"id": column + 1, "name": name, "frequency": frequency}
         categories.append(category | {"image_count": count})
-    for image_id in range(1, 31):
+    for image_id in range(1, max(31, num_categories // 4)):
         lists = {"neg_category_ids": [1, 2, 3], "not_exhaustive_category_ids": []}
         images.append({"id": image_id} | lists)
         for _ in range(4):
@@ -94,8 +129,8 @@ def write_evaluation(run_dir: Path, step: int, skill: float, num_categories: int
             box = {"id": len(annotations) + 1, "bbox": bbox, "area": bbox[2] * bbox[3]}
             annotations.append(placed | box)
             quality = skill * min(1.0, 0.3 + math.log10(counts[column]) / 3)
-            moved = np.array(bbox) + rng.normal(0, 12 * (1.1 - quality), 4)
-            score = float(np.clip(quality * rng.uniform(0.4, 1.1), 0.01, 0.99))
+            moved = np.array(bbox) + noise.normal(0, 12 * (1.1 - quality), 4)
+            score = float(np.clip(quality * noise.uniform(0.4, 1.1), 0.01, 0.99))
             rows.append(placed | {"bbox": np.maximum(moved, 1).tolist(), "score": score})
     tree = {"images": images, "annotations": annotations, "categories": categories}
     detections: Detections = parse_detections(rows)

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.charts import (
-    Mark,
-    Scale,
-    Series,
-    bar_chart,
-    format_number,
-    line_chart,
-    scatter_chart,
-    thin,
-)
+from pipeline.report.charts import Mark, Series, bar_chart, line_chart, scatter_chart
+from pipeline.report.scales import Scale, format_number, thin
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -62,6 +54,34 @@ def test_a_line_is_where_its_values_are() -> None:
     assert places[1][0] == pytest.approx((places[0][0] + places[2][0]) / 2, abs=0.1)
     assert places[1][1] == pytest.approx((places[0][1] + places[2][1]) / 2, abs=0.1)
     assert places[0][1] > places[2][1]  # larger values are higher up
+
+
+def test_every_point_of_a_line_tells_its_step_and_value() -> None:
+    """The page's script pairs the places of a line with its words, one for one."""
+    values = [(float(step), step / 7) for step in range(0, 4000, 40)]
+    chart = line_chart([Series("a<b", "c1", values)], "t")
+    path = re.search(r'points="([^"]*)" data-x="step" data-at="([^"]*)"', chart)
+    assert path is not None
+    words = path[2].split(";")
+    assert len(path[1].split()) == len(words) == len(values)
+    assert words[0] == "0|0" and words[-1] == "3,960|565.7"
+    assert "<title>a&lt;b</title>" in chart and "a<b" not in chart
+
+
+def test_the_axis_reaches_over_all_steps_though_a_line_is_thinned() -> None:
+    chart = line_chart([Series("a", "c1", [(float(x), 1.0) for x in range(1, 1001)])], "t")
+    assert ">1,000</text>" in chart
+    steps = line_chart([Series("a", "c1", [(1, 0.1), (3, 0.2)])], "t")
+    assert ">1.5</text>" not in steps, "there is no half step"
+
+
+def test_a_scatter_of_differences_has_a_zero_line() -> None:
+    marks = [Mark(1, -0.5, "rare", "lost"), Mark(9, 0.5, "common", "gained")]
+    chart = scatter_chart(marks, [], "t", ("x", "y"), y_range=(-0.5, 0.5))
+    heights = [float(y) for y in re.findall(r'<line class="axis"[^>]* y1="([\d.]+)" y2', chart)]
+    places = [float(y) for y in re.findall(r'd="M[\d.]+ ([\d.]+)[la]', chart)]
+    assert (min(heights), max(places)) == (186.0, pytest.approx(358 - 5.5))
+    assert min(places) == pytest.approx(14.0)
 
 
 def test_charts_of_nothing_and_of_one_point() -> None:

@@ -1,59 +1,15 @@
-"""The report page: what it says, that it stands alone, and that a browser shows it."""
+"""The report page: what it says, and that it stands alone."""
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from drawn_runs import write_evaluation, write_metrics, write_recipe
+from page_reader import read_page
 
 from pipeline.errors import DataError
 from pipeline.report.page import write_report
-
-VOID = {"meta", "link", "br", "hr", "img"}
-
-
-class Outline(HTMLParser):
-    """Checks that tags nest, and collects headings, ids and text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.urls: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.urls += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.urls += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-
-def read_page(path: Path) -> tuple[str, str]:
-    """The page's source and its text; it nests, its charts are XML, it fetches nothing."""
-    source = path.read_text(encoding="utf-8")
-    outline = Outline()
-    outline.feed(source)
-    assert outline.open == []
-    assert all(url.startswith("data:") for url in outline.urls)
-    assert not re.search(r"@import|url\(|<script|\$\{?[a-z]", source)
-    for chart in re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL):
-        ElementTree.fromstring(chart)
-    return source, " ".join(outline.text)
 
 
 @pytest.fixture(scope="module")
@@ -169,23 +125,3 @@ def test_a_directory_without_a_run(tmp_path: Path) -> None:
         write_report(tmp_path / "nothing")
     with pytest.raises(DataError, match="neither recipe"):
         write_report(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_browser_shows_it(finished: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium here; install Debian's package to run this test")
-    page, picture = write_report(finished), tmp_path / "page.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3000"]
-    done = subprocess.run(
-        [*command, f"--screenshot={picture}", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert picture.is_file(), done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr
-    assert picture.stat().st_size > 100_000  # a blank page of this size is far smaller
