@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+CHECKPOINT = "exported folder, checkpoints/step_N folder, run directory, or recipe with overrides"
+
+PROTOCOLS = (
+    "lvis", "coco", "objects365", "openimages", "visual_genome", "voc2007", "voc2010",
+)  # fmt: skip
 
 EPILOG = """\
 Any recipe value can be overridden on the line: training.steps=100 data.root=/datasets.
@@ -39,7 +46,22 @@ def build_parser() -> argparse.ArgumentParser:
     _stage_verb(verbs, "train", train, "train only; shards and teacher must be there")
     _stage_verb(verbs, "check", check, "refuse what cannot work, before anything is spent")
     _stage_verb(verbs, "show", show, "print the complete resolved recipe and its hash")
-    _stage_verb(verbs, "report", report, "write report.html of a run again")
+
+    report_parser = verbs.add_parser(
+        "report",
+        help="write report.html of a run again, or compare several runs",
+        description="Write a run's report.html, or one page that compares several runs.",
+    )
+    report_parser.add_argument(
+        "run", nargs="+", help="run directories or recipes, then overrides for the recipes"
+    )
+    report_parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="write a comparison here (comparison.html for several runs)",
+    )
+    report_parser.set_defaults(handler=report)
 
     evaluate_parser = verbs.add_parser(
         "evaluate",
@@ -47,20 +69,67 @@ def build_parser() -> argparse.ArgumentParser:
         description="Evaluate a recipe's newest checkpoint, or any LVIS result file.",
     )
     evaluate_parser.add_argument("recipe", nargs="*", help="a recipe, then overrides")
-    evaluate_parser.add_argument("--annotations", type=Path, help="ground truth, LVIS json")
-    evaluate_parser.add_argument("--detections", type=Path, help="detections, LVIS result json")
+    evaluate_parser.add_argument("--annotations", type=Path, help="ground truth, LVIS or COCO json")
+    evaluate_parser.add_argument("--detections", type=Path, help="detections, LVIS or COCO results")
+    evaluate_parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="of the annotations; by default LVIS where images list neg_category_ids, else COCO",
+    )
+    evaluate_parser.add_argument(
+        "--images", type=Path, help="json list of image ids, or a json with the images to evaluate"
+    )
+    evaluate_parser.add_argument(
+        "--score-threshold",
+        type=float,
+        help="where precision, recall and IoU are counted; by default where F1 is largest",
+    )
     evaluate_parser.add_argument(
         "--official", action="store_true", help="run the lvis package beside, print differences"
     )
-    evaluate_parser.add_argument("--json", type=Path, help="write the results here")
+    evaluate_parser.add_argument("--json", type=Path, help="write all figures here")
     evaluate_parser.set_defaults(handler=evaluate)
 
     export_parser = verbs.add_parser(
-        "export", help="write the student alone, without teacher and semantic branch"
+        "export",
+        help="write the detector alone: safetensors in a folder, or one ONNX file",
+        description="Write the detector alone, without teacher, semantic branch and optimizer.",
     )
-    export_parser.add_argument("recipe", nargs="+", help="a recipe, then overrides")
-    export_parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    export_parser.add_argument("checkpoint", nargs="+", metavar="CHECKPOINT", help=CHECKPOINT)
+    export_parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="a new folder, or NAME.onnx with --onnx"
+    )
+    export_parser.add_argument(
+        "--onnx", action="store_true", help="one ONNX file, compared with PyTorch after writing"
+    )
+    export_parser.add_argument(
+        "--size", metavar="HxW", help="image size of the ONNX file; the evaluation's, 4:3, if none"
+    )
     export_parser.set_defaults(handler=export)
+
+    predict_parser = verbs.add_parser(
+        "predict",
+        help="draw a checkpoint's detections on any images, and write them as json",
+        description="Draw detections on images; all of them go to predictions.json.",
+    )
+    predict_parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    predict_parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, folders or globs"
+    )
+    predict_parser.add_argument(
+        "-o", "--output", type=Path, default=Path("predictions"), help="folder (predictions/)"
+    )
+    predict_parser.add_argument(
+        "--score-threshold", type=float, default=0.3, help="the least score (0.3)"
+    )
+    predict_parser.add_argument(
+        "--top-k", type=int, default=100, help="at most so many detections an image (100)"
+    )
+    predict_parser.add_argument("--categories", help="only these names, with commas between")
+    predict_parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to compute; a GPU if there is one"
+    )
+    predict_parser.set_defaults(handler=predict)
     return parser
 
 
@@ -104,10 +173,11 @@ def train(arguments: argparse.Namespace) -> None:
     """`longtail train A.yaml`, or the same under torchrun, where each process is one worker."""
     recipes = load_recipes(arguments.recipe)
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        from pipeline.evaluation.checkpoints import evaluate_all_waiting
         from pipeline.training.loop import train_here
 
         for recipe in recipes:
-            train_here(recipe)
+            train_here(recipe, partial(evaluate_all_waiting, recipe))
         return
     from pipeline.run import train_stages
 
@@ -129,11 +199,31 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """`longtail report A.yaml`."""
+    """`longtail report RUN...`: a run directory or a recipe each; several are compared."""
+    from pipeline.report.compare import write_comparison
     from pipeline.report.page import write_report
 
-    for recipe in load_recipes(arguments.recipe):
-        print(write_report(recipe.run_dir))
+    overrides = [word for word in arguments.run if "=" in word and not Path(word).is_dir()]
+    words = [word for word in arguments.run if word not in overrides]
+    if not words:
+        raise RecipeError("no run given; name a run directory or a recipe, such as runs/quickstart")
+    run_dirs = [_run_dir(word, overrides) for word in words]
+    if len(run_dirs) == 1 and arguments.output is None:
+        print(write_report(run_dirs[0]))
+        return
+    print(write_comparison(run_dirs, arguments.output or Path("comparison.html")))
+
+
+def _run_dir(word: str, overrides: Sequence[str]) -> Path:
+    path = Path(word)
+    if path.is_dir():
+        return path
+    if not path.is_file():
+        raise RecipeError(
+            f"{word} is neither a run directory nor a recipe; name one that exists, such as "
+            "runs/quickstart or recipes/quickstart.yaml"
+        )
+    return load_recipes([word, *overrides])[0].run_dir
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -142,28 +232,95 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if any(files) and (not all(files) or arguments.recipe):
         raise RecipeError("give either a recipe, or both --annotations and --detections")
     if all(files):
-        from pipeline.evaluation.results import evaluate_files
+        from pipeline.evaluation.files import evaluate_files
 
-        print(evaluate_files(*files, out=arguments.json, official=arguments.official))
+        text = evaluate_files(
+            arguments.annotations,
+            arguments.detections,
+            protocol=arguments.protocol,
+            images=arguments.images,
+            score_threshold=arguments.score_threshold,
+            out=arguments.json,
+            official=arguments.official,
+        )
+        print(text)
         return
+    of_files = ("protocol", "images", "score_threshold", "json")
+    given = [f"--{name.replace('_', '-')}" for name in of_files if getattr(arguments, name)]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)} belong to --annotations and --detections; a recipe has its "
+            "evaluation section"
+        )
     from pipeline.run import evaluate_stages
 
     evaluate_stages(load_recipes(arguments.recipe), official=arguments.official)
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """`longtail export A.yaml -o DIR`."""
-    from pipeline.run import export_stage
+    """`longtail export CHECKPOINT -o DIR`, or `--onnx -o NAME.onnx`."""
+    from pipeline.training.locate import locate_checkpoint
 
-    recipes = load_recipes(arguments.recipe)
-    if len(recipes) != 1:
-        raise RecipeError(f"export takes one recipe, got {len(recipes)}")
-    print(export_stage(recipes[0], arguments.output))
+    place, *overrides = arguments.checkpoint
+    if arguments.size and not arguments.onnx:
+        raise RecipeError("--size belongs to --onnx; a folder works for images of any size")
+    found = locate_checkpoint(place, overrides)
+    if arguments.onnx:
+        from pipeline.evaluation.onnx_export import export_onnx, parse_size
+        from pipeline.evaluation.predict import load_detector
+
+        size = parse_size(arguments.size) if arguments.size else None
+        print(export_onnx(load_detector(found), arguments.output, size))
+    else:
+        from pipeline.training.checkpoint import export_detector
+
+        export_detector(found.directory, arguments.output, found.recipe.evaluation.use_ema)
+    print(arguments.output)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """`longtail predict CHECKPOINT IMAGE...`."""
+    from pipeline.training.locate import locate_checkpoint
+
+    overrides = [word for word in arguments.images if is_override(word)]
+    images = [word for word in arguments.images if word not in overrides]
+    found = locate_checkpoint(arguments.checkpoint, overrides)
+    names = arguments.categories
+    from pipeline.evaluation.predictions import predict_stage
+
+    predict_stage(
+        found,
+        images,
+        arguments.output,
+        score_threshold=arguments.score_threshold,
+        top_k=arguments.top_k,
+        categories=None if names is None else [name.strip() for name in names.split(",")],
+        device=arguments.device,
+    )
+
+
+def is_override(word: str) -> bool:
+    """Whether a word among files is a `section.key=value`, and not a file that has that name."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "").isidentifier() and not Path(word).exists()
+
+
+def show_log() -> None:
+    """What the package logs is shown from here on."""
+    import logging
+
+    from pipeline.progress import LogLines
+
+    log = logging.getLogger("pipeline")
+    log.setLevel(logging.INFO)
+    log.handlers = [LogLines()]
+    log.propagate = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; what the user did wrong is one paragraph on stderr and the design's exit code."""
     arguments = build_parser().parse_args(argv)
+    show_log()
     code = 0
     try:
         arguments.handler(arguments)

@@ -11,16 +11,22 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import errors
 from pipeline.errors import LongtailError, StopRequested
 from pipeline.recipe import Cluster, Recipe
 from pipeline.signals import signals_kept, stop_signals
-from pipeline.training.manifest import newest_verified, refuse_another_recipe
+from pipeline.training.manifest import (
+    evaluation_done,
+    newest_verified,
+    refuse_another_recipe,
+    waiting_for_evaluation,
+)
 
 # Ray reads these when it is imported or started; what the user has set stays.
 os.environ.update(
@@ -39,7 +45,7 @@ os.environ.update(
 )
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +166,15 @@ def train_on_cluster(
     recipe: Recipe,
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
+    evaluate: Callable[[Recipe], str | None] | None = None,
 ) -> None:
     """Train a stage on Ray workers, from its newest checkpoint, through failures of workers.
 
-    `stop`, or SIGTERM and SIGINT where it is not given, makes all workers save a checkpoint; then
-    `StopRequested` is raised. What a worker raises as a `LongtailError` is raised here as the same
-    class. Raises `RecipeError` before anything is started where the run belongs to another recipe.
+    `evaluate` is run as a Ray task, beside the training, for each checkpoint that waits for its
+    evaluation; the text that it returns is logged. `stop`, or SIGTERM and SIGINT where it is not
+    given, makes all workers save a checkpoint; then `StopRequested` is raised. What a worker raises
+    as a `LongtailError` is raised here as the same class. Raises `RecipeError` before anything is
+    started where the run belongs to another recipe.
     """
     newest = newest_verified(recipe.run_dir)
     if newest is not None:
@@ -183,7 +192,7 @@ def train_on_cluster(
 
     thread = threading.Thread(target=fit, daemon=True, name="ray train")
     try:
-        with _wish(stop) as wish:
+        with _wish(stop) as wish, closing(LiveEvaluation(recipe, evaluate)) as live:
             thread.start()
             asked = False
             while thread.is_alive():
@@ -192,6 +201,9 @@ def train_on_cluster(
                     asked = True
                     office.stop.remote()
                 _show(office, on_progress)
+                live.poll()
+            while not failure and live.poll() and not wish.wait(POLL_S):
+                pass
         _show(office, on_progress)
         error = ray.get(office.error.remote())
         if error is not None:
@@ -202,6 +214,65 @@ def train_on_cluster(
     finally:
         ray.kill(office)
         shutil.rmtree(storage, ignore_errors=True)
+
+
+class LiveEvaluation:
+    """One Ray task at a time for the checkpoints of a run that wait for their evaluation.
+
+    A checkpoint keeps waiting until its evaluation is done, so one that is lost, with its task or
+    with the driver, is begun again; after `ATTEMPTS` failures it is given up with a warning.
+    """
+
+    ATTEMPTS = 3
+
+    def __init__(self, recipe: Recipe, evaluate: Callable[[Recipe], str | None] | None) -> None:
+        self._recipe, self._evaluate = recipe, evaluate
+        self._task: Any = None
+        self._subject: Path | None = None
+        self._failures: Counter[Path] = Counter()
+
+    def poll(self) -> bool:
+        """Take what is finished, begin what waits; whether anything is under way."""
+        if self._evaluate is None:
+            return False
+        if self._task is not None and ray.wait([self._task], timeout=0)[0]:
+            self._finish()
+        if self._task is None:
+            waiting = waiting_for_evaluation(self._recipe.run_dir)
+            if waiting:
+                section = self._recipe.evaluation
+                remote = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus, max_retries=0)(
+                    _call_quietly
+                )
+                threads = max(1, int(section.cpus))
+                place = (threads, os.getcwd())
+                self._subject = waiting[0]
+                self._task = remote.remote(self._evaluate, self._recipe, place)
+        return self._task is not None
+
+    def close(self) -> None:
+        """End what is under way; its checkpoint waits for the next run of the command."""
+        if self._task is not None:
+            ray.cancel(self._task, force=True)
+
+    def _finish(self) -> None:
+        task, self._task = self._task, None
+        assert self._subject is not None
+        try:
+            text = _unwrapped(task)
+        except (LongtailError, RayError) as error:
+            self._failures[self._subject] += 1
+            last = self._failures[self._subject] >= self.ATTEMPTS
+            if last:
+                evaluation_done(self._subject)
+            logger.warning(
+                "evaluation of %s failed%s: %s",
+                self._subject.name,
+                ", for the last time; training goes on without it" if last else ", trying again",
+                error,
+            )
+        else:
+            logger.info("%s", text)
 
 
 def _wish(stop: threading.Event | None) -> AbstractContextManager[threading.Event]:
@@ -295,7 +366,8 @@ def _work(config: dict[str, Any]) -> None:
     """What each training worker runs."""
     import torch
 
-    from pipeline.training.loop import train, worker_device
+    from pipeline.training.device import worker_device
+    from pipeline.training.loop import train
 
     office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
     if ray.get(office.error.remote()) is not None:
@@ -336,6 +408,16 @@ def _show(office: Any, on_progress: OnProgress | None) -> None:
 
 def _call(function: Callable[[Argument], Result], argument: Argument, directory: str) -> Result:
     os.chdir(directory)
+    return function(argument)
+
+
+def _call_quietly(
+    function: Callable[[Argument], Result], argument: Argument, place: tuple[int, str]
+) -> Result:
+    threads, directory = place
+    os.chdir(directory)
+    # Set before the task imports torch, which reads it once.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     return function(argument)
 
 

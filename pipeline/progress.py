@@ -1,5 +1,6 @@
 """Progress for people: a bar on a terminal, a line now and then in a log."""
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -8,6 +9,14 @@ from typing import Self
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class LogLines(logging.Handler):
+    """Log records as plain lines on stderr, above a bar that is being drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class Progress:

@@ -302,13 +302,35 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """LVIS protocol: top 300 detections per image over all categories."""
+    """Which detections are kept, on how many images, and how often.
+
+    The LVIS protocol judges the best 300 of an image over all categories; fixed AP needs more to be
+    kept.
+    """
 
     batch_size: PositiveCount = 1
     max_detections: PositiveCount = 300
+    """Detections of an image that are kept and written, over all categories."""
     use_ema: bool = True
     """Evaluate the averaged weights where the run keeps them."""
     example_images: Count = 12
+    every: Count = 0
+    """Evaluate while training each so many steps, on `subset_images`; 0: only at the end. A recipe
+    without data.validation is never evaluated."""
+    subset_images: Count = 500
+    """Images of the evaluations while training, the same each time; 0: all."""
+    cpus: NonNegative = 0
+    """CPUs that an evaluation while training reserves in Ray; 0: it shares the trainers'."""
+    gpus: NonNegative = 0
+    """GPUs that an evaluation while training reserves in Ray; 0: it runs on the CPU."""
+
+
+class Logging(Section):
+    """Where figures go besides metrics.jsonl; `wandb` and `trackio` name a project there."""
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    trackio: str | None = None
 
 
 class Cluster(Section):
@@ -337,6 +359,7 @@ class Recipe(Section):
     detector: DetectorSection = DetectorSection()
     training: Training
     evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -12,8 +11,8 @@ from pipeline.check import check_stages, needs_teacher, sources_of
 from pipeline.cluster import run_alone, run_tasks, start_ray, stop_ray, train_on_cluster
 from pipeline.data.miniature import draw_world
 from pipeline.data.shards import Index, RunTasks, load_index, prepare_source, shards_url
-from pipeline.errors import StopRequested, StorageError
-from pipeline.evaluation.checkpoints import evaluate_newest, is_evaluated
+from pipeline.errors import StopRequested
+from pipeline.evaluation.checkpoints import evaluate_newest, evaluate_waiting, is_evaluated
 from pipeline.evaluation.results import format_table
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -22,8 +21,7 @@ from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir, trained_weights
 from pipeline.signals import stop_signals
 from pipeline.training.build import cache_dir
-from pipeline.training.checkpoint import export_detector
-from pipeline.training.loop import worker_device
+from pipeline.training.device import worker_device
 from pipeline.training.manifest import newest_verified, read_manifest
 
 Argument = TypeVar("Argument")
@@ -55,14 +53,6 @@ def evaluate_stages(recipes: Sequence[Recipe], *, official: bool) -> None:
         print(f"report: {write_report(recipe.run_dir)}", flush=True)
 
     _in_order(recipes, evaluate)
-
-
-def export_stage(recipe: Recipe, output: Path) -> Path:
-    """`longtail export`: the newest checkpoint's detector, alone, in a new folder."""
-    directory = newest_verified(recipe.run_dir)
-    if directory is None:
-        raise StorageError(f"no checkpoint in {recipe.run_dir}; run `longtail train` first")
-    return export_detector(directory, output, recipe.evaluation.use_ema)
 
 
 def _in_order(recipes: Sequence[Recipe], work: Callable[[Recipe, Event], None]) -> None:
@@ -178,7 +168,11 @@ def _train(recipe: Recipe, stop: Event) -> None:
         print(f"training: done already, {recipe.training.steps} steps", flush=True)
         return
     with Progress(f"training {recipe.name}", "steps") as progress:
-        train_on_cluster(recipe, progress.update, stop)
+        train_on_cluster(recipe, progress.update, stop, _evaluate_waiting)
+
+
+def _evaluate_waiting(recipe: Recipe) -> str | None:
+    return evaluate_waiting(recipe, "cuda" if recipe.evaluation.gpus else "cpu")
 
 
 def _evaluate(recipe: Recipe, stop: Event, *, official: bool) -> str:

@@ -34,7 +34,17 @@ def assert_refused(result: subprocess.CompletedProcess[str], code: int, *words: 
 def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path: Path) -> None:
     result = longtail("--help", cwd=tmp_path)
     assert result.returncode == 0
-    for verb in ("run", "prepare", "train", "evaluate", "report", "check", "show", "export"):
+    for verb in (
+        "run",
+        "prepare",
+        "train",
+        "evaluate",
+        "report",
+        "check",
+        "show",
+        "export",
+        "predict",
+    ):
         assert f"  {verb} " in result.stdout
     code = (
         "import sys; from pipeline.cli import build_parser; build_parser().format_help(); "
@@ -75,6 +85,10 @@ def test_show_prints_the_resolved_recipe(tmp_path: Path) -> None:
         ),
         (["evaluate", "--annotations", "a.json"], 78, "both --annotations and --detections"),
         (["export", RECIPES / "tiny.yaml", "-o", "out"], 74, "no checkpoint in"),
+        (["export", "nowhere", "-o", "out"], 78, "give an exported folder"),
+        (["export", "nowhere", "-o", "out", "--size", "64x64"], 78, "--size belongs to --onnx"),
+        (["predict", "nowhere", "seed=1", "a.jpg"], 78, "overrides belong to a recipe"),
+        (["predict", RECIPES / "tiny.yaml", "output=here", "a.jpg"], 74, "checkpoint in here/tiny"),
         (["report", RECIPES / "tiny.yaml"], 65, "runs/tiny"),
     ],
 )

@@ -177,6 +177,64 @@ stop_ray()
 """
 
 
+LIVE = """
+import logging, os, sys, time
+from pathlib import Path
+from pipeline.cluster import LiveEvaluation, start_ray, stop_ray
+from pipeline.errors import DataError
+from pipeline.recipe import Recipe
+from pipeline.training.manifest import evaluation_done, request_evaluation, waiting_for_evaluation
+
+recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+for step in (2, 4):
+    directory = recipe.run_dir / "checkpoints" / f"step_{step:08d}"
+    directory.mkdir(parents=True)
+    request_evaluation(directory)
+
+def evaluate(recipe):
+    directory = waiting_for_evaluation(recipe.run_dir)[0]
+    if directory.name.endswith("4"):
+        raise DataError("image 7 is bad")
+    died = directory / "died"
+    if not died.exists():
+        died.touch()
+        os.kill(os.getpid(), 9)
+    evaluation_done(directory)
+    return f"evaluated {directory.name}"
+
+start_ray(recipe.cluster)
+live = LiveEvaluation(recipe, evaluate)
+while live.poll():
+    time.sleep(0.2)
+live.close()
+assert not waiting_for_evaluation(recipe.run_dir)
+assert not LiveEvaluation(recipe, None).poll()
+stop_ray()
+"""
+
+
+def test_a_live_evaluation_that_dies_is_begun_again_and_a_bad_one_given_up(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "live")
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    (tmp_path / "live.py").write_text(LIVE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "live.py"), str(tmp_path / "recipe.json")],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "step_" in line]
+    assert said[0].startswith("evaluation of step_00000002 failed, trying again")
+    assert said[1] == "evaluated step_00000002"
+    assert [("trying again: image 7" in line) for line in said[2:]] == [True, True, False]
+    assert "for the last time; training goes on without it: image 7 is bad" in said[-1]
+
+
 def test_tasks(tmp_path: Path) -> None:
     script = tmp_path / "tasks.py"
     script.write_text(TASKS)

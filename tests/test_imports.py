@@ -35,9 +35,13 @@ FENCES = {
     "open_clip": ["pipeline.semantics"],
     "timm": ["pipeline.detectors.backbone"],
     "lvis": ["pipeline.evaluation", "pipeline.data"],
+    "onnx": ["pipeline.evaluation.onnx_export"],
+    "onnxruntime": ["pipeline.evaluation.onnx_export"],
+    "onnxscript": ["pipeline.evaluation.onnx_export"],
 }
 
 TORCH_FREE = [
+    "pipeline",
     "pipeline.cli",
     "pipeline.recipe",
     "pipeline.data.sample",
@@ -47,6 +51,7 @@ TORCH_FREE = [
     "pipeline.data.shards",
     "pipeline.data.plan",
     "pipeline.data.miniature",
+    "pipeline.training.locate",
 ]
 
 
@@ -72,6 +77,8 @@ def within(module: str, rooms: list[str]) -> bool:
 
 
 def tier_of(module: str) -> int:
+    if module == "pipeline":
+        return len(TIERS)  # It offers what is above; modules import its parts, never itself.
     exact = [i for i, rooms in enumerate(TIERS) if module in rooms]
     if exact:
         return exact[0]

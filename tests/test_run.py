@@ -35,6 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = longtail("run", *STAGES, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "stdout.txt").write_text(result.stdout)
+    (folder / "stderr.txt").write_text(result.stderr)
     return folder
 
 
@@ -56,7 +57,11 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert [event["step"] for event in steps] == list(range(1, 9))
     assert {event["stream"] for event in steps} == {"train", "extra"}
     assert all(event["loss/semantic"] > 0 for event in steps)
-    assert [event["event"] for event in events][-1] == "evaluation"
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    assert [event["step"] for event in evaluations] == [3, 6, 8]
+    assert ["subset" in event for event in evaluations] == [True, True, False]
+    consumed = [sum(event["consumed"]["samples"].values()) for event in evaluations]
+    assert consumed == [12, 24, 32]
 
 
 def test_it_prints_the_table_and_where_the_report_is(finished: Path) -> None:
@@ -64,6 +69,9 @@ def test_it_prints_the_table_and_where_the_report_is(finished: Path) -> None:
     assert "APr" in printed
     assert printed.rstrip().splitlines()[-1].startswith("report: ")
     assert "runs/tiny/report.html" in printed
+    logged = (finished / "stderr.txt").read_text()
+    assert "evaluation at step 3: AP 0." in logged and "evaluation at step 6: AP 0." in logged
+    assert "initialised from runs/tiny_pretrain" in logged
 
 
 def test_the_second_stage_started_from_the_first(finished: Path) -> None:
@@ -110,7 +118,7 @@ def test_figures_belong_to_the_way_they_were_made(finished: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("training: done already") == 2
     assert "evaluation: done already" not in again.stdout
-    assert "top 100 detections per image" in again.stdout
+    assert "(at most 100 per image were given)" in again.stdout
 
 
 def test_sigterm_before_training_ends_with_75(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def metrics(recipe: Recipe) -> list[dict[str, object]]:
     """The step lines of a run, without what depends on the clock."""
     path = recipe.run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    clock = {"seconds", "images_per_second", "data_wait", "teacher_wait"}
+    clock = {"seconds", "images_per_second", "data_wait", "teacher_wait", "memory_gb"}
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in line.items() if k not in clock} for line in whole]
 

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from pipeline.data.batch import Batch
@@ -132,11 +133,20 @@ class Stream:
 
 
 class EvaluationSet:
-    """Every image of the validation source once, in index order."""
+    """Images of the validation source, each once, in index order: all, or those of `image_ids`."""
 
-    def __init__(self, data: Data, index: Index, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        data: Data,
+        index: Index,
+        vocabulary: Vocabulary,
+        image_ids: NDArray[np.int64] | None = None,
+    ) -> None:
         assert data.validation is not None
-        self.num_images = index.num_samples
+        every = np.arange(index.num_samples)
+        chosen = every if image_ids is None else every[np.isin(index.image_id, image_ids)]
+        self._positions: list[int] = chosen.tolist()
+        self.num_images = len(self._positions)
         reader = SourceReader(data.validation, index, vocabulary)
         self._reader = EvaluationReader(reader, data.transforms)
         self._workers = data.workers
@@ -148,7 +158,8 @@ class EvaluationSet:
         """
         start = rank * self.num_images // world_size
         stop = (rank + 1) * self.num_images // world_size
-        jobs = (range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size))
+        places = (range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size))
+        jobs = ([self._positions[place] for place in batch] for batch in places)
         ahead = read_ahead(self._reader, jobs, workers=self._workers, depth=1)
         with closing(ahead) as readings:
             for reading in readings:

@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StepFacts:
-    """Of a global batch: its boxes, the columns that have one, and whether any rank wants to stop.
+    """Of a global batch: its boxes, those by column, and whether any rank wants to stop.
 
-    `present` is (C,) bool.
+    `labelled` is (C,), the boxes whose label is learnt.
     """
 
     num_boxes: float
-    present: NDArray[np.bool_]
+    labelled: NDArray[np.int64]
     stop: bool
 
 
@@ -46,13 +46,15 @@ def agree_on_step(
         if target.class_weight or target.box_weight or target.semantic_weight:
             numbers[2] += len(target.labels)
         if target.class_weight:
-            numbers[3 + target.labels[target.labels >= 0]] = 1
+            labels = target.labels[target.labels >= 0].cpu()
+            numbers[3:] += torch.bincount(labels, minlength=num_categories)
     numbers = numbers.to(device)
     dist.all_reduce(numbers)
     numbers = numbers.cpu()
     if numbers[1]:
         raise first_failure(failure)
-    return StepFacts(float(numbers[2]), numbers[3:].numpy() > 0, bool(numbers[0]))
+    labelled = numbers[3:].numpy().astype(np.int64)
+    return StepFacts(float(numbers[2]), labelled, bool(numbers[0]))
 
 
 def first_failure(failure: LongtailError | None) -> LongtailError:

@@ -10,6 +10,7 @@ Nothing in it depends on world size or ZeRO stage, and reading it executes nothi
 
 import importlib.metadata
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,11 +60,14 @@ class State:
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, steps skipped among them, and the plan that they follow."""
+    """Where a run stands: steps done, steps skipped among them, the plan that they follow, and what
+    they consumed: `samples` by source, `instances` (labelled boxes) by frequency group."""
 
     step: int
     skipped_steps: int
     plan: dict[str, int | str]
+    samples: Counter[str] = field(default_factory=Counter)
+    instances: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -103,6 +107,7 @@ def save(
         recipe=recipe.model_dump(mode="json"),
         vocabulary_digest=vocabulary.digest,
         vocabulary=vocabulary.to_json(),
+        consumed={"samples": dict(progress.samples), "instances": dict(progress.instances)},
         versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
         world_size=world_size,
         files={},
@@ -263,6 +268,7 @@ def export_detector(directory: Path, output: Path, use_ema: bool) -> Path:
     manifest.files.clear()
     weights = {DETECTOR_PREFIX + n: t for n, t in load_weights(directory, use_ema).items()}
     publish(output, manifest, lambda partial: _write_tensors(partial / WEIGHTS, weights))
+    verify(output)
     return output
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.data.stream import StepBatches
 from pipeline.errors import StorageError
 from pipeline.recipe import Recipe, Training
 from pipeline.training.manifest import write_atomically
+from pipeline.training.sinks import open_sinks
 
 METRICS = "metrics.jsonl"
 
@@ -38,26 +39,61 @@ class RunLog:
             text = json.dumps(environment(), indent=1)
             write_atomically(run_dir / "environment.json", text)
         remove_lines_after(run_dir / METRICS, step)
-        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._run_dir = run_dir
+        self._sinks = open_sinks(recipe, step)
+        (run_dir / METRICS).touch()
+        self._read = (run_dir / METRICS).stat().st_size
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        self._pass_on()
+        for sink in self._sinks:
+            sink.close()
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line, whole and at once; numbers of a step go to TensorBoard too."""
-        line = json.dumps({"event": event, "step": step, **values})
-        self._file.write(line + "\n")
-        self._file.flush()
-        if event == "step":
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+        """Append one line; numbers go to the sinks too, and those of evaluations since the last."""
+        append_event(self._run_dir, event, step, values)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give the sinks what was appended to metrics.jsonl, by this process or by another."""
+        with (self._run_dir / METRICS).open("rb") as file:
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break  # Another process is still writing it.
+            self._read += len(line)
+            event = json.loads(line)
+            for sink in self._sinks:
+                sink.write(event["step"], sink_values(event))
+
+
+def append_event(run_dir: Path, event: str, step: int, values: Mapping[str, Any]) -> None:
+    """Append one line to metrics.jsonl, whole and at once, whoever else appends."""
+    line = json.dumps({"event": event, "step": step, **values}) + "\n"
+    descriptor = os.open(run_dir / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def sink_values(event: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics line, under the names that they have in the sinks.
+
+    Figures of an evaluation on a subset are named apart from those on all images.
+    """
+    prefix = ""
+    if event["event"] == "evaluation":
+        prefix = "evaluation_subset/" if "subset" in event else "evaluation/"
+    return {
+        prefix + name: float(value)
+        for name, value in event.items()
+        if name not in ("event", "step") and isinstance(value, int | float)
+    }
 
 
 def remove_lines_after(path: Path, step: int) -> None:
@@ -86,6 +122,15 @@ def environment() -> dict[str, Any]:
             )
         },
     }
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The largest memory that this process has held so far, in GB."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = {"memory_gb": kilobytes * 1024 / 1e9}
+    if device.type == "cuda":
+        memory["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return memory
 
 
 def _line_step(line: str) -> float:
@@ -162,6 +207,7 @@ class Window:
             "data_wait": data_wait / ranks_and_steps,
             "teacher_wait": teacher_wait / ranks_and_steps,
             "seconds": seconds,
+            **_memory(device),
             "samples": dict(self._samples),
         }
         self._restart()

@@ -33,6 +33,7 @@ from pipeline.training.checkpoint import (
     restore,
     save,
 )
+from pipeline.training.device import worker_device
 from pipeline.training.engine import (
     Engine,
     init_process_group,
@@ -40,7 +41,12 @@ from pipeline.training.engine import (
     schedule_factor,
 )
 from pipeline.training.log import RunLog, Window, run_lock
-from pipeline.training.manifest import newest_verified, read_manifest, refuse_another_recipe
+from pipeline.training.manifest import (
+    newest_verified,
+    read_manifest,
+    refuse_another_recipe,
+    request_evaluation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +66,20 @@ class Run:
     teacher: Teacher | None
 
 
-def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
+Evaluate = Callable[[], None]
+"""Evaluates the checkpoints that wait for it, in line."""
+
+
+def train(
+    recipe: Recipe, device: torch.device, check_in: CheckIn, evaluate: Evaluate | None = None
+) -> None:
     """Train a stage from its newest checkpoint, or from its beginning, to its last step.
 
     Every rank of the default process group calls it with the same recipe; shards and teacher are
-    there. It saves a checkpoint every `checkpoint_every` steps and after the last one. When
-    `check_in` of any rank is True, all ranks save in the same step and raise `StopRequested`.
+    there. It saves a checkpoint every `checkpoint_every` steps and after the last one. Each
+    `evaluation.every` steps it saves one and marks it as waiting for its evaluation, and the first
+    rank calls `evaluate` where it is given. When `check_in` of any rank is True, all ranks save in
+    the same step and raise `StopRequested`.
     """
     init_process_group(device)
     section = recipe.training
@@ -89,13 +103,15 @@ def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
                     f"stopped after step {progress.step} of {section.steps} and saved in "
                     f"{recipe.run_dir}; the same command goes on from there"
                 )
+            present = facts.labelled > 0
             columns = class_columns(
-                facts.present, run.image_counts, recipe.detector.losses, recipe.seed, progress.step
+                present, run.image_counts, recipe.detector.losses, recipe.seed, progress.step
             )
             on_device = None if columns is None else torch.from_numpy(columns).to(device)
             context = LossContext(max(1.0, facts.num_boxes), on_device)
             suspects = run_step(run, batches, context, window)
             progress.step += 1
+            count_consumed(progress, batches, facts.labelled, run.vocabulary)
             if suspects is not None:
                 progress.skipped_steps += 1
                 report_skipped(run, progress, suspects, log)
@@ -106,9 +122,13 @@ def train(recipe: Recipe, device: torch.device, check_in: CheckIn) -> None:
                 loss = values["loss"]
                 if log is not None:
                     log.write("step", progress.step, values)
-            if done or progress.step % section.checkpoint_every == 0:
-                save_checkpoint(run, progress)
+            every = recipe.evaluation.every if recipe.data.validation else 0
+            waits = every > 0 and progress.step % every == 0 and not done
+            if done or waits or progress.step % section.checkpoint_every == 0:
+                save_checkpoint(run, progress, wait_for_evaluation=waits)
                 saved = progress.step
+            if waits and evaluate is not None:
+                on_first_rank(evaluate)
         check_in(progress.step, loss)
 
 
@@ -149,6 +169,8 @@ def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[R
         state = load_state(resumed)
         restore(student, state, resumed, vocabulary)
         progress.step, progress.skipped_steps = manifest.step, manifest.skipped_steps
+        progress.samples.update(manifest.consumed["samples"])
+        progress.instances.update(manifest.consumed["instances"])
         if dist.get_rank() == 0:
             logger.info("going on from %s", resumed)
     elif recipe.initialize_from is not None:
@@ -251,21 +273,34 @@ def report_skipped(run: Run, progress: Progress, own: list[str], log: RunLog | N
         )
 
 
-def save_checkpoint(run: Run, progress: Progress) -> None:
+def count_consumed(
+    progress: Progress, batches: StepBatches, labelled: NDArray[np.int64], vocabulary: Vocabulary
+) -> None:
+    """Add a step's samples and, by frequency group, its `labelled` (C,) boxes."""
+    progress.samples.update(batches.sources)
+    groups = np.array([frequency or "" for frequency in vocabulary.frequencies])
+    for group in "rcf":
+        progress.instances[group] += int(labelled[groups == group].sum())
+
+
+def save_checkpoint(run: Run, progress: Progress, *, wait_for_evaluation: bool = False) -> None:
     """Gather the state from all ranks and publish it on the first."""
     state, world_size = run.engine.state(), dist.get_world_size()
 
     def publish() -> None:
         assert state is not None
-        save(state, progress, run.recipe, run.vocabulary, world_size)
+        directory = save(state, progress, run.recipe, run.vocabulary, world_size)
+        if wait_for_evaluation:
+            request_evaluation(directory)
 
     on_first_rank(publish)
 
 
-def train_here(recipe: Recipe) -> None:
+def train_here(recipe: Recipe, evaluate: Evaluate | None = None) -> None:
     """Train in this process: as one of torchrun's workers, or alone, without Ray.
 
-    SIGTERM and SIGINT save a checkpoint and raise `StopRequested`; a second one kills.
+    `evaluate` is called in line, see `train`. SIGTERM and SIGINT save a checkpoint and raise
+    `StopRequested`; a second one kills.
     """
     device = worker_device(recipe)
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
@@ -281,21 +316,7 @@ def train_here(recipe: Recipe) -> None:
                 shown.update(step, recipe.training.steps, note)
             return stop.is_set()
 
-        train(recipe, device, check_in)
-
-
-def worker_device(recipe: Recipe) -> torch.device:
-    """This worker's GPU, or the CPU where the recipe asks for none; `RecipeError` without one."""
-    if recipe.cluster.gpus_per_worker == 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RecipeError(
-            f"cluster.gpus_per_worker is {recipe.cluster.gpus_per_worker:g} and torch finds no GPU "
-            "here; set it to 0 to use the CPU"
-        )
-    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+        train(recipe, device, check_in, evaluate)
 
 
 def join_process_group(device: torch.device) -> None:

@@ -36,6 +36,7 @@ HARMLESS_KEYS = (
     "training.max_skipped_steps",
     "training.zero_stage",
     "evaluation",
+    "logging",
     "cluster",
 )
 """Recipe keys (or sections) that do not change what is learnt. The data itself is compared by the
@@ -44,7 +45,11 @@ digests in the plan state, so its place may move."""
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself; `files` maps a name to its bytes and sha256."""
+    """What a checkpoint says of itself; `files` maps a name to its bytes and sha256.
+
+    `consumed` counts what was trained on up to it: `samples` by source, `instances` (labelled
+    boxes) by frequency group.
+    """
 
     step: int
     skipped_steps: int
@@ -53,6 +58,7 @@ class Manifest:
     recipe: dict[str, Any]
     vocabulary_digest: str
     vocabulary: Any
+    consumed: dict[str, dict[str, int]]
     versions: dict[str, str]
     world_size: int
     files: dict[str, dict[str, Any]]
@@ -166,11 +172,35 @@ def publish(directory: Path, manifest: Manifest, write: Callable[[Path], None]) 
 
 
 def keep_newest(run_dir: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints, and saves that did not finish."""
+    """Remove all but the `count` newest checkpoints, and saves that did not finish.
+
+    Those that wait for their evaluation stay.
+    """
+    waiting = waiting_for_evaluation(run_dir)
     for directory in list_checkpoints(run_dir)[:-count]:
-        _discard(directory)
+        if directory not in waiting:
+            _discard(directory)
     for leftover in checkpoints_dir(run_dir).glob("step_*.tmp"):
         shutil.rmtree(leftover)
+
+
+def request_evaluation(directory: Path) -> None:
+    """Mark a checkpoint, until `evaluation_done`, as one that waits for its evaluation."""
+    _request(directory).touch()
+
+
+def evaluation_done(directory: Path) -> None:
+    """The checkpoint need not be kept for its evaluation any longer."""
+    _request(directory).unlink(missing_ok=True)
+
+
+def waiting_for_evaluation(run_dir: Path) -> list[Path]:
+    """Checkpoints that wait for their evaluation, oldest first."""
+    return [directory for directory in list_checkpoints(run_dir) if _request(directory).exists()]
+
+
+def _request(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".evaluate")
 
 
 def write_atomically(path: Path, text: str) -> None:

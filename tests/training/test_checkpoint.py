@@ -330,3 +330,23 @@ def test_an_export_holds_the_detector_alone(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="exists already"):
         export_detector(directory, output, use_ema=True)
     shutil.rmtree(output)
+
+
+@pytest.mark.slow
+def test_any_stage_exports_the_same_detector(tmp_path: Path) -> None:
+    stages = [0, 1, 2, 3]
+    run_ranks(start_all, 2, str(tmp_path), stages)
+    exported = []
+    for stage in stages:
+        directory = newest_verified(tmp_path / f"stage{stage}_world2" / "run")
+        assert directory is not None
+        output = export_detector(directory, tmp_path / f"exported_{stage}", use_ema=False)
+        exported.append(load_file(output / "weights.safetensors"))
+        saved = load_weights(directory, ema=False)
+        assert all(torch.equal(exported[-1]["detector." + n], t) for n, t in saved.items())
+    fresh = ToyDetector().state_dict()
+    for weights in exported:
+        assert weights.keys() == {"detector." + name for name in fresh}
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, exported[0][name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(exported[0]["detector.box_embed.weight"], fresh["box_embed.weight"])

@@ -196,7 +196,7 @@ def test_padding_samples_do_not_count() -> None:
     batches = batch_of(labels(1, 3), labels(-1), labels(), labels(2, 2, weight=0.0))
     facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
     assert facts.num_boxes == 3 and not facts.stop
-    assert facts.present.tolist() == [False, True, False, True, False]
+    assert facts.labelled.tolist() == [0, 1, 0, 1, 0]
     assert agree_on_step(batches, None, True, 5, torch.device("cpu")).stop
     with pytest.raises(StorageError, match="shard 7"):
         agree_on_step(None, StorageError("shard 7"), False, 5, torch.device("cpu"))

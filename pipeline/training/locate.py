@@ -1,0 +1,76 @@
+"""Which checkpoint a command means: a folder, a run's newest, or a recipe's (free of torch)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import RecipeError, StorageError
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe, recipe_from_tree
+from pipeline.training.manifest import (
+    CHECKPOINT_NAME,
+    MANIFEST,
+    checkpoints_dir,
+    newest_verified,
+    read_manifest,
+    verify,
+)
+
+FORMS = "give an exported folder, a checkpoints/step_N folder, a run directory, or a recipe (.yaml)"
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder, and the recipe that says how it is evaluated: the one that was
+    named, or else the one that the checkpoint was trained with."""
+
+    directory: Path
+    recipe: Recipe
+
+
+def locate_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Checkpoint:
+    """The checkpoint that `path` means.
+
+    An exported folder or a `step_N` folder is itself; a run directory is its newest checkpoint
+    that verifies, a recipe that of its run, after `section.key=value` overrides. Raises
+    `RecipeError` for what cannot be a checkpoint, `StorageError` for one that is not whole, or for
+    a run without any.
+    """
+    place = Path(path)
+    if place.suffix in RECIPE_SUFFIXES and not place.is_dir():
+        recipe = load_recipe(place, overrides)
+        return Checkpoint(_newest(recipe.run_dir), recipe)
+    if overrides:
+        raise RecipeError(
+            f"{' '.join(overrides)}: overrides belong to a recipe, and {place} is none; leave them "
+            "out, or name the recipe in its place"
+        )
+    directory = _folder(place)
+    tree = read_manifest(directory).recipe
+    return Checkpoint(directory, recipe_from_tree(tree, f"the recipe of {directory}"))
+
+
+def _folder(place: Path) -> Path:
+    if not place.exists():
+        raise RecipeError(f"checkpoint {place} does not exist; {FORMS}")
+    if not place.is_dir():
+        raise RecipeError(f"{place} is a file, and a checkpoint is a folder; {FORMS}")
+    if (place / MANIFEST).exists():
+        verify(place)
+        return place
+    if checkpoints_dir(place).is_dir():
+        return _newest(place)
+    if CHECKPOINT_NAME.match(place.name.split(".")[0]) or any(place.glob("*.safetensors")):
+        raise StorageError(
+            f"{place} has no {MANIFEST}: writing it did not finish, or the file was lost; name "
+            "another checkpoint of the run, or the run directory, whose newest whole one is taken"
+        )
+    raise RecipeError(f"{place} is not a checkpoint and holds none; {FORMS}")
+
+
+def _newest(run_dir: Path) -> Path:
+    newest = newest_verified(run_dir)
+    if newest is None:
+        raise StorageError(f"no checkpoint in {run_dir}; run `longtail train` first")
+    return newest

@@ -1,0 +1,148 @@
+"""Evaluation of a run's checkpoints: live on a subset, and at the end on everything."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_world import prepare, tiny_recipe
+
+from pipeline.data.shards import prepare_source
+from pipeline.errors import RecipeError, StopRequested
+from pipeline.evaluation.checkpoints import (
+    evaluate_all_waiting,
+    evaluate_newest,
+    evaluate_waiting,
+    is_evaluated,
+)
+from pipeline.evaluation.ground_truth import load_annotations, parse_ground_truth
+from pipeline.recipe import Recipe
+from pipeline.training.loop import join_process_group, train, train_here
+from pipeline.training.manifest import (
+    list_checkpoints,
+    newest_verified,
+    read_manifest,
+    waiting_for_evaluation,
+)
+
+VALIDATION = {
+    "name": "lvis_val",
+    "format": "lvis",
+    "images": "lvis",
+    "annotations": "annotations/lvis_v1_val.json",
+}
+
+
+def live_recipe(folder: Path, name: str, **training: object) -> Recipe:
+    """Eight steps, evaluated live after 2, 4 and 6 on a few images."""
+    return tiny_recipe(
+        folder,
+        name,
+        data={"validation": VALIDATION},
+        training={"keep_checkpoints": 1, **training},
+        evaluation={"every": 2, "subset_images": 4, "example_images": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("live")
+    torch.set_num_threads(1)
+    join_process_group(torch.device("cpu"))
+    prepare(path)
+    recipe = live_recipe(path, "any")
+    assert recipe.data.validation is not None
+    prepare_source(
+        recipe.data.validation, recipe.data, lambda f, a: ((i, f(x)) for i, x in enumerate(a))
+    )
+    return path
+
+
+def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+    lines = (recipe.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def live(folder: Path) -> Recipe:
+    recipe = live_recipe(folder, "live")
+    train_here(recipe, partial(evaluate_all_waiting, recipe))
+    return recipe
+
+
+def test_it_is_evaluated_while_it_trains(live: Recipe) -> None:
+    evaluations = events(live, "evaluation")
+    assert [event["step"] for event in evaluations] == [2, 4, 6]
+    truth = parse_ground_truth(load_annotations(Path(live.data.root, VALIDATION["annotations"])))
+    rare = {truth.names[c] for c in set(truth.column.tolist()) if truth.frequencies[c] == "r"}
+    for event in evaluations:
+        number, total = (int(word) for word in event["subset"].split() if word.isdecimal())
+        assert 4 <= number < total == len(truth.image_ids)
+        assert f"{number} of {total} images" in event["protocol"] and event["seconds"] > 0
+        folder = live.run_dir / "evaluations" / f"step_{event['step']:08d}"
+        results = json.loads((folder / "results.json").read_text())
+        assert results["counts"]["categories_with_ground_truth"]["r"] == len(rare) > 0
+        assert results["counts"]["images"] == number
+        assert results["APr"] == event["APr"] is not None
+    assert not waiting_for_evaluation(live.run_dir)
+
+
+def test_each_says_what_the_run_has_consumed(live: Recipe) -> None:
+    steps = {event["step"]: event for event in events(live, "step")}
+    for event in events(live, "evaluation"):
+        until = [steps[step]["samples"] for step in range(1, event["step"] + 1)]
+        total = {name: sum(one.get(name, 0) for one in until) for name in steps[2]["samples"]}
+        total |= {name: sum(one.get(name, 0) for one in until) for name in steps[1]["samples"]}
+        assert event["consumed"]["samples"] == {k: v for k, v in total.items() if v}
+        assert set(event["consumed"]["instances"]) == set("rcf")
+    instances = [sum(e["consumed"]["instances"].values()) for e in events(live, "evaluation")]
+    assert 0 < instances[0] < instances[1] < instances[2]
+
+
+def test_evaluation_changes_nothing_of_the_training(live: Recipe, folder: Path) -> None:
+    """Nor does a stop: what is consumed goes on from the checkpoint."""
+    plain = live_recipe(folder, "plain")
+    with pytest.raises(StopRequested):
+        train(plain, torch.device("cpu"), lambda step, loss: step == 5)
+    train_here(plain)
+    ends = [newest_verified(recipe.run_dir) for recipe in (live, plain)]
+    first, second = (read_manifest(end) for end in ends if end is not None)
+    assert first.files == second.files
+    assert first.consumed == second.consumed and sum(first.consumed["samples"].values()) == 32
+
+
+def test_checkpoints_wait_for_their_evaluation(folder: Path) -> None:
+    """Without an evaluator they pile up, are kept, and are evaluated later, oldest first."""
+    recipe = live_recipe(folder, "waiting")
+    train_here(recipe)
+    waiting = [int(path.name[5:]) for path in waiting_for_evaluation(recipe.run_dir)]
+    assert waiting == [2, 4, 6]
+    assert [int(path.name[5:]) for path in list_checkpoints(recipe.run_dir)] == [2, 4, 6, 8]
+    text = evaluate_waiting(recipe)
+    assert text is not None and text.startswith("evaluation at step 2: AP ")
+    assert len(waiting_for_evaluation(recipe.run_dir)) == 2
+    evaluate_all_waiting(recipe)
+    assert evaluate_waiting(recipe) is None
+
+
+def test_the_last_evaluation_is_of_everything(live: Recipe) -> None:
+    assert not is_evaluated(live)
+    text = evaluate_newest(live, official=True)
+    assert is_evaluated(live)
+    results = json.loads((live.run_dir / "results.json").read_text())
+    assert results["step"] == 8 and "subset" not in results
+    assert text.splitlines()[0] == results["protocol"] and "official" in text
+    another = live.model_copy(
+        update={"evaluation": live.evaluation.model_copy(update={"max_detections": 5})}
+    )
+    assert not is_evaluated(another)
+
+
+def test_without_a_validation_source_nothing_waits(folder: Path) -> None:
+    recipe = tiny_recipe(folder, "none", training={"steps": 2}, evaluation={"every": 1})
+    train_here(recipe, partial(evaluate_all_waiting, recipe))
+    assert not waiting_for_evaluation(recipe.run_dir)
+    with pytest.raises(RecipeError, match=r"needs data\.validation"):
+        evaluate_newest(recipe)
