@@ -119,10 +119,10 @@ def _check_validation(
     source = recipe.data.validation
     if source is None:
         return
-    if source.format != "lvis":
+    if source.format not in ("lvis", "objects365"):
         raise RecipeError(
             f"recipe {recipe.name}: data.validation has format {source.format}; the evaluation "
-            "needs annotations in LVIS format"
+            "needs annotations in the format of LVIS or Objects365"
         )
     index = indexes[source.name]
     if (

@@ -127,32 +127,65 @@ def run_alone(
     stop: threading.Event | None = None,
 ) -> Result:
     """`function(argument, report)` as one Ray task, with the CPUs of all training workers or of the
-    largest node, whichever are fewer.
-
-    What the task reports comes to `on_progress`. It is tried again when its process dies; `stop`,
-    or SIGTERM and SIGINT where it is not given, ends it and raises `StopRequested`.
-    """
+    largest node, whichever are fewer; see `run_reporting`."""
     start_ray(section)
-    office = ray.remote(num_cpus=0)(_Office).remote()
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     cpus = max(1, int(min(section.workers * section.cpus_per_worker, largest)))
     gpus = 1 if section.gpus_per_worker else 0
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
-    reference = remote.remote(function, argument, (office, cpus, os.getcwd()))
+    return run_reporting(function, [argument], cpus, gpus, on_progress, stop)[0]
 
+
+def run_on_workers(
+    function: Callable[[Argument, OnProgress], Result],
+    arguments: Sequence[Argument],
+    section: Cluster,
+    on_progress: OnProgress,
+    stop: threading.Event | None = None,
+) -> list[Result]:
+    """`function(argument, report)` of each argument, each with what a training worker has; see
+    `run_reporting`."""
+    start_ray(section)
+    cpus, gpus = max(1, int(section.cpus_per_worker)), section.gpus_per_worker
+    return run_reporting(function, arguments, cpus, gpus, on_progress, stop)
+
+
+def run_reporting(
+    function: Callable[[Argument, OnProgress], Result],
+    arguments: Sequence[Argument],
+    cpus: int,
+    gpus: float,
+    on_progress: OnProgress,
+    stop: threading.Event | None = None,
+) -> list[Result]:
+    """Ray tasks, all at once, whose results come in the order of the arguments.
+
+    What they report comes to `on_progress`, added up. A task is tried again when its process dies;
+    what one raises ends all. So does `stop`, or SIGTERM and SIGINT where it is not given, and
+    raises `StopRequested`.
+    """
+    office = ray.remote(num_cpus=0)(_Office).remote()
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
+    references = [
+        remote.remote(function, argument, (office, part, cpus, os.getcwd()))
+        for part, argument in enumerate(arguments)
+    ]
+    results: dict[Any, Result] = {}
     try:
         with _wish(stop) as wish:
-            while not ray.wait([reference], timeout=POLL_S)[0]:
+            while len(results) < len(references):
+                under_way = [one for one in references if one not in results]
+                for reference in ray.wait(under_way, timeout=POLL_S)[0]:
+                    results[reference] = _unwrapped(reference)
                 _show(office, on_progress)
                 if wish.is_set():
-                    ray.cancel(reference, force=True)
                     raise StopRequested(
                         "stopped on request; the same command begins this part anew"
                     )
-        _show(office, on_progress)
-        result: Result = _unwrapped(reference)
-        return result
+        return [results[reference] for reference in references]
     finally:
+        for reference in references:
+            if reference not in results:
+                ray.cancel(reference, force=True)
         ray.kill(office)
 
 
@@ -288,15 +321,15 @@ class _Office:
     def __init__(self) -> None:
         self._stop = False
         self._error: tuple[str, str] | None = None
-        self._progress: tuple[Any, ...] | None = None
+        self._progress: dict[int, News] = {}
         self._messages: list[tuple[int, str]] = []
 
     def stop(self) -> None:
         self._stop = True
 
-    def report(self, news: News) -> bool:
-        """Take progress; whether the reporter should stop."""
-        self._progress = news
+    def report(self, news: News, part: int = 0) -> bool:
+        """Take the progress of one of several parts; whether the reporter should stop."""
+        self._progress[part] = news
         return self._stop
 
     def log(self, level: int, message: str) -> None:
@@ -309,10 +342,13 @@ class _Office:
     def error(self) -> tuple[str, str] | None:
         return self._error
 
-    def news(self) -> tuple[tuple[Any, ...] | None, list[tuple[int, str]]]:
-        """Progress, and the messages since the last call."""
+    def news(self) -> tuple[News | None, list[tuple[int, str]]]:
+        """Progress of all parts together, and the messages since the last call."""
         messages, self._messages = self._messages, []
-        return self._progress, messages
+        if not self._progress:
+            return None, messages
+        done, totals, notes = zip(*self._progress.values(), strict=True)
+        return (sum(done), sum(totals), notes[-1]), messages
 
 
 class _OfficeHandler(logging.Handler):
@@ -424,11 +460,11 @@ def _call_quietly(
 def _call_reporting(
     function: Callable[[Argument, OnProgress], Result], argument: Argument, place: tuple[Any, ...]
 ) -> Result:
-    office, cpus, directory = place
+    office, part, cpus, directory = place
     os.chdir(directory)
     # Set before the task imports torch, which reads it once.
     os.environ["OMP_NUM_THREADS"] = str(cpus)
-    return function(argument, lambda *news: office.report.remote(news))
+    return function(argument, lambda *news: office.report.remote(news, part))
 
 
 def _unwrapped(reference: Any) -> Any:

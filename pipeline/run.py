@@ -3,16 +3,31 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
 from pipeline.check import check_stages, needs_teacher, sources_of
-from pipeline.cluster import run_alone, run_tasks, start_ray, stop_ray, train_on_cluster
+from pipeline.cluster import (
+    run_alone,
+    run_on_workers,
+    run_reporting,
+    run_tasks,
+    start_ray,
+    stop_ray,
+    train_on_cluster,
+)
 from pipeline.data.miniature import draw_world
 from pipeline.data.shards import Index, RunTasks, load_index, prepare_source, shards_url
 from pipeline.errors import StopRequested
-from pipeline.evaluation.checkpoints import evaluate_newest, evaluate_waiting, is_evaluated
+from pipeline.evaluation.checkpoints import (
+    checkpoint_to_evaluate,
+    detect_part,
+    evaluate_waiting,
+    is_evaluated,
+    score_newest,
+)
+from pipeline.evaluation.detections import Detections, concatenate
 from pipeline.evaluation.results import format_table
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -176,15 +191,30 @@ def _evaluate_waiting(recipe: Recipe) -> str | None:
 
 
 def _evaluate(recipe: Recipe, stop: Event, *, official: bool) -> str:
+    """Detect on all training workers, each with its part of the images, then score in one task."""
+    directory = checkpoint_to_evaluate(recipe, official=official)
+    number = recipe.cluster.workers
+    parts = [(recipe, directory, part, number) for part in range(number)]
+    started = time.monotonic()
     with Progress(f"evaluating {recipe.name}", "images") as progress:
-        task = partial(_evaluate_newest, official=official)
-        return run_alone(task, recipe, recipe.cluster, progress.update, stop)
+        found = run_on_workers(_detect, parts, recipe.cluster, progress.update, stop)
+    detections = concatenate(found)
+    work = (recipe, directory, detections, time.monotonic() - started, official)
+    return run_reporting(_score, [work], 1, 0, lambda *_: None, stop)[0]
 
 
-def _evaluate_newest(recipe: Recipe, report: Report, *, official: bool) -> str:
-    return evaluate_newest(
+def _detect(work: tuple[Recipe, Path, int, int], report: Report) -> Detections:
+    recipe, directory, part, number = work
+    return detect_part(
         recipe,
+        directory,
         worker_device(recipe),
-        official=official,
+        part=part,
+        num_parts=number,
         progress=lambda done, total: report(done, total, ""),
     )
+
+
+def _score(work: tuple[Recipe, Path, Detections, float, bool], report: Report) -> str:
+    recipe, directory, detections, seconds, official = work
+    return score_newest(recipe, directory, detections, seconds, official=official)

@@ -156,14 +156,22 @@ class EvaluationSet:
 
         Raises `DataError` for an image that cannot be decoded.
         """
-        start = rank * self.num_images // world_size
-        stop = (rank + 1) * self.num_images // world_size
+        start, stop = self._bounds(rank, world_size)
         places = (range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size))
         jobs = ([self._positions[place] for place in batch] for batch in places)
         ahead = read_ahead(self._reader, jobs, workers=self._workers, depth=1)
         with closing(ahead) as readings:
             for reading in readings:
                 yield _batch_of(reading)
+
+    def num_images_of(self, rank: int, world_size: int) -> int:
+        """How many images this rank's part has."""
+        start, stop = self._bounds(rank, world_size)
+        return stop - start
+
+    def _bounds(self, rank: int, world_size: int) -> tuple[int, int]:
+        first, after = rank * self.num_images, (rank + 1) * self.num_images
+        return first // world_size, after // world_size
 
 
 def source_readers(

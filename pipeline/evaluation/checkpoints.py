@@ -7,20 +7,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.data.shards import Index, load_index, shards_url
 from pipeline.data.storage import read_bytes, resolve
 from pipeline.data.stream import EvaluationSet
+from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import RecipeError, StorageError
+from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.detect import detect
-from pipeline.evaluation.detections import load_detections
+from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.examples import save_examples
-from pipeline.evaluation.ground_truth import parse_ground_truth
+from pipeline.evaluation.ground_truth import (
+    Annotations,
+    GroundTruth,
+    parse_ground_truth,
+    without_federation,
+)
 from pipeline.evaluation.official import official_lvis
 from pipeline.evaluation.results import (
     AP_KEYS,
     Results,
+    check_vocabulary,
     evaluate_detections,
     evaluation_dir,
     format_comparison,
@@ -49,52 +59,98 @@ OnImages = Callable[[int, int], None]
 """Told images done and images in all."""
 
 
-def evaluate_newest(
-    recipe: Recipe,
-    device: torch.device | str = "cpu",
-    *,
-    official: bool = False,
-    progress: OnImages | None = None,
-) -> str:
-    """Evaluate the newest checkpoint on all images; the table as text.
+def checkpoint_to_evaluate(recipe: Recipe, *, official: bool = False) -> Path:
+    """The newest checkpoint, of a recipe that can be evaluated.
 
-    Raises `RecipeError` without a validation source in LVIS format, `StorageError` without a
-    checkpoint.
+    A validation source in LVIS format is scored by LVIS's protocol, one in Objects365's by COCO's.
+    Raises `RecipeError` without one of them, or when the `official` package is wanted for another
+    than LVIS; `StorageError` without a checkpoint.
     """
-    source = _validation_source(recipe)
+    if _validation_source(recipe).format != "lvis" and official:
+        raise RecipeError("--official runs the lvis package, and data.validation is not LVIS")
     directory = newest_verified(recipe.run_dir)
     if directory is None:
         raise StorageError(f"no checkpoint in {recipe.run_dir}; run `longtail train` first")
-    results = _evaluate(recipe, source, directory, device, subset=False, progress=progress)
+    return directory
+
+
+def detect_part(
+    recipe: Recipe,
+    directory: Path,
+    device: torch.device | str = "cpu",
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    image_ids: NDArray[np.int64] | None = None,
+    progress: OnImages | None = None,
+) -> Detections:
+    """Detections of a checkpoint on one of `num_parts` parts of the validation images, or of those
+    with `image_ids`; the parts share no image and leave none out."""
+    section, source = recipe.evaluation, _validation_source(recipe)
+    detector, vocabulary, _ = load_detector(directory, section.use_ema)
+    index = load_index(shards_url(recipe.data, source))
+    images = EvaluationSet(recipe.data, index, vocabulary, image_ids)
+    number = images.num_images_of(part, num_parts)
+    done = 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        if progress:
+            progress(done, number)
+
+    batches = images.iterate(section.batch_size, part, num_parts)
+    limit = section.max_detections
+    return detect(detector.to(device), batches, device, limit, vocabulary, progress=count)
+
+
+def score_newest(
+    recipe: Recipe, directory: Path, detections: Detections, seconds: float, *, official: bool
+) -> str:
+    """Score what was detected on all images, in `seconds`; the table as text."""
+    annotations = _annotations(recipe)
+    results = _score(recipe, directory, annotations, detections, seconds, subset=False)
     text = format_table(results)
     if official:
-        annotations = json.loads(read_bytes(resolve(recipe.data.root, source.annotations or "")))
-        detections = evaluation_dir(recipe.run_dir, results["step"]) / "detections.json"
-        results["official"] = official_lvis(annotations, load_detections(detections))
+        results["official"] = official_lvis(annotations, detections)
         text += "\n" + format_comparison(results, results["official"])
     return text
 
 
-def evaluate_waiting(
-    recipe: Recipe, device: torch.device | str = "cpu", progress: OnImages | None = None
-) -> str | None:
+def evaluate_newest(
+    recipe: Recipe, device: torch.device | str = "cpu", *, official: bool = False
+) -> str:
+    """Evaluate the newest checkpoint on all images in this process; the table as text."""
+    directory = checkpoint_to_evaluate(recipe, official=official)
+    started = time.monotonic()
+    detections = detect_part(recipe, directory, device)
+    seconds = time.monotonic() - started
+    return score_newest(recipe, directory, detections, seconds, official=official)
+
+
+def evaluate_waiting(recipe: Recipe, device: torch.device | str = "cpu") -> str | None:
     """Evaluate the oldest checkpoint that waits for it, on the recipe's fixed subset of images.
 
     The figures in one line, or None where no checkpoint waits.
     """
-    source = _validation_source(recipe)
     waiting = waiting_for_evaluation(recipe.run_dir)
     if not waiting:
         return None
-    results = _evaluate(recipe, source, waiting[0], device, subset=True, progress=progress)
+    started = time.monotonic()
+    annotations = _annotations(recipe)
+    truth = _boxes(recipe, annotations)
+    chosen = stratified_subset(truth, recipe.evaluation.subset_images, recipe.seed)
+    detections = detect_part(recipe, waiting[0], device, image_ids=chosen)
+    seconds = time.monotonic() - started
+    results = _score(recipe, waiting[0], annotations, detections, seconds, subset=True)
     evaluation_done(waiting[0])
     figures = " ".join(f"{key} {format_fraction(results[key])}" for key in LIVE_KEYS)
     consumed = results["consumed"]
     groups = " ".join(f"{group} {count:,}" for group, count in consumed["instances"].items())
     return (
         f"evaluation at step {results['step']:,}: {figures} ({results['subset']}, "
-        f"{results['seconds']:.0f} s; trained on {sum(consumed['samples'].values()):,} samples, "
-        f"boxes {groups})"
+        f"{time.monotonic() - started:.0f} s; trained on "
+        f"{sum(consumed['samples'].values()):,} samples, boxes {groups})"
     )
 
 
@@ -109,58 +165,63 @@ LIVE_KEYS = ("AP", "APr", "APc", "APf")
 
 def _validation_source(recipe: Recipe) -> Source:
     source = recipe.data.validation
-    if source is None or source.format != "lvis" or source.annotations is None:
+    if source is None or source.format not in ("lvis", "objects365") or not source.annotations:
         raise RecipeError(
-            f"recipe {recipe.name}: evaluation needs data.validation, a source of format lvis"
+            f"recipe {recipe.name}: evaluation needs data.validation, a source of format lvis or "
+            "objects365"
         )
     return source
 
 
-def _evaluate(
+def _annotations(recipe: Recipe) -> Annotations:
+    path = resolve(recipe.data.root, _validation_source(recipe).annotations or "")
+    tree: Annotations = json.loads(read_bytes(path))
+    return tree
+
+
+def _boxes(recipe: Recipe, annotations: Annotations) -> GroundTruth:
+    """The annotations as arrays; of an exhaustive data set for choosing and drawing images only."""
+    source = _validation_source(recipe)
+    tree = annotations if source.format == "lvis" else without_federation(annotations)
+    return parse_ground_truth(tree, str(source.annotations))
+
+
+def _score(
     recipe: Recipe,
-    source: Source,
     directory: Path,
-    device: torch.device | str,
+    annotations: Annotations,
+    detections: Detections,
+    seconds: float,
     *,
     subset: bool,
-    progress: OnImages | None,
 ) -> Results:
-    """Detect with a checkpoint and score; results, examples and log lines are written."""
-    section = recipe.evaluation
-    manifest = read_manifest(directory)
-    detector, vocabulary, _ = load_detector(directory, section.use_ema)
-    detector.to(device)
-    assert source.annotations is not None
-    annotations = json.loads(read_bytes(resolve(recipe.data.root, source.annotations)))
-    truth = parse_ground_truth(annotations, source.annotations)
-    index = load_index(shards_url(recipe.data, source))
-    chosen = stratified_subset(truth, section.subset_images, recipe.seed) if subset else None
-    images = EvaluationSet(recipe.data, index, vocabulary, chosen)
-    done = 0
-
-    def count(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress:
-            progress(done, images.num_images)
-
-    started = time.monotonic()
-    batches = images.iterate(section.batch_size)
-    detections = detect(
-        detector, batches, device, section.max_detections, vocabulary, progress=count
-    )
-    seconds = time.monotonic() - started
+    """Figures of a checkpoint's detections; results, examples and log lines are written."""
+    source, manifest = _validation_source(recipe), read_manifest(directory)
+    vocabulary = Vocabulary.from_json(manifest.vocabulary)
+    truth = _boxes(recipe, annotations)
     counts = load_index(shards_url(recipe.data, recipe.data.vocabulary_source)).image_counts()
-    results = evaluate_detections(truth, detections, vocabulary, counts)
+    if source.format == "lvis":
+        results = evaluate_detections(truth, detections, vocabulary, counts)
+    else:
+        check_vocabulary(truth, vocabulary)
+        results = evaluate_coco(
+            annotations,
+            detections,
+            origin=str(source.annotations),
+            name="Objects365",
+            train_image_counts=counts,
+        )
+    assert detections.images is not None, "a detector says what it saw"
     results["step"] = manifest.step
-    results["images_per_second"] = images.num_images / seconds
-    results["seconds"] = time.monotonic() - started
+    results["images_per_second"] = len(detections.images) / seconds
+    results["seconds"] = seconds
     results["consumed"] = manifest.consumed
     if subset:
-        results["subset"] = f"{images.num_images:,} of {len(truth.image_ids):,} images"
+        results["subset"] = f"{len(detections.images):,} of {len(truth.image_ids):,} images"
     folder = evaluation_dir(recipe.run_dir, manifest.step)
     folder.mkdir(parents=True, exist_ok=True)
-    save_examples(folder, truth, detections, _image_reader(index), section.example_images)
+    reader = _image_reader(load_index(shards_url(recipe.data, source)))
+    save_examples(folder, truth, detections, reader, recipe.evaluation.example_images)
     results["of"] = _identity(recipe, directory, subset=subset)
     write_results(recipe.run_dir, manifest.step, results, detections)
     _log(recipe, results)

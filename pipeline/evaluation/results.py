@@ -61,7 +61,7 @@ def evaluate_detections(
     """
     truth = read_ground_truth(ground_truth)
     if vocabulary is not None:
-        _check_vocabulary(truth, vocabulary)
+        check_vocabulary(truth, vocabulary)
     num_annotated = len(truth.image_ids)
     if detections.images is not None:
         truth = truth.subset(detections.images)
@@ -122,7 +122,8 @@ def read_ground_truth(ground_truth: GroundTruth | Annotations | str | Path) -> G
     return parse_ground_truth(ground_truth)
 
 
-def _check_vocabulary(truth: GroundTruth, vocabulary: Vocabulary) -> None:
+def check_vocabulary(truth: GroundTruth, vocabulary: Vocabulary) -> None:
+    """Raise `DataError` where an id means one category to the detector and another to the file."""
     names = dict(zip(truth.category_ids.tolist(), truth.names, strict=True))
     for category in vocabulary.categories:
         if names.get(category.id, category.name) != category.name:
@@ -237,7 +238,8 @@ def write_results(run_dir: Path, step: int, results: Results, detections: Detect
     writer.writeheader()
     writer.writerows(rows)
     _publish(folder / "per_category.csv", table.getvalue())
-    _publish(folder / "curves.json", json.dumps(results["curves"], allow_nan=False) + "\n")
+    if results["curves"] is not None:
+        _publish(folder / "curves.json", json.dumps(results["curves"], allow_nan=False) + "\n")
     text = _to_json(results | {"step": step})
     _publish(folder / "results.json", text)
     _publish(Path(run_dir) / "results.json", text)

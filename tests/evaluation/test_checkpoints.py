@@ -11,12 +11,14 @@ from tiny_world import prepare, tiny_recipe
 
 from pipeline.data.shards import prepare_source
 from pipeline.errors import RecipeError, StopRequested
+from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.checkpoints import (
     evaluate_all_waiting,
     evaluate_newest,
     evaluate_waiting,
     is_evaluated,
 )
+from pipeline.evaluation.detections import load_detections
 from pipeline.evaluation.ground_truth import load_annotations, parse_ground_truth
 from pipeline.recipe import Recipe
 from pipeline.training.loop import join_process_group, train, train_here
@@ -138,6 +140,42 @@ def test_the_last_evaluation_is_of_everything(live: Recipe) -> None:
         update={"evaluation": live.evaluation.model_copy(update={"max_detections": 5})}
     )
     assert not is_evaluated(another)
+
+
+def test_objects365_is_evaluated_as_coco(folder: Path) -> None:
+    """The figures are pycocotools' on the file of detections that the evaluation leaves."""
+    objects = {
+        "name": "objects365",
+        "format": "objects365",
+        "images": "objects365",
+        "annotations": "objects365/zhiyuan_objv2_train.json",
+    }
+    recipe = tiny_recipe(
+        folder,
+        "objects",
+        data={"train": [objects], "extra": [], "validation": {**objects, "name": "val"}},
+        training={"steps": 3},
+        evaluation={"every": 2, "subset_images": 6, "example_images": 2},
+        semantic=None,
+    )
+    for source in recipe.data.sources:
+        prepare_source(source, recipe.data, lambda f, a: ((i, f(x)) for i, x in enumerate(a)))
+    train_here(recipe, partial(evaluate_all_waiting, recipe))
+    text = evaluate_newest(recipe)
+    assert text.startswith("Objects365 box AP, COCO-style")
+    [live] = events(recipe, "evaluation")[:1]
+    assert live["subset"] == "6 of 20 images" and live["APr"] is None
+    stored = recipe.run_dir / "evaluations" / "step_00000003"
+    results = json.loads((stored / "results.json").read_text())
+    again = evaluate_coco(
+        load_annotations(Path(recipe.data.root, objects["annotations"])),
+        load_detections(stored / "detections.json"),
+        origin="again",
+    )
+    assert results["AP50"] == again["AP50"] and results["counts"]["images"] == 20
+    assert len(json.loads((stored / "examples.json").read_text())) == 2
+    with pytest.raises(RecipeError, match=r"data\.validation is not LVIS"):
+        evaluate_newest(recipe, official=True)
 
 
 def test_without_a_validation_source_nothing_waits(folder: Path) -> None:
