@@ -19,6 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir
 from pipeline.training.build import cache_dir
+from pipeline.training.log import WAITS
 from pipeline.training.manifest import checkpoint_dir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +135,7 @@ def metrics(recipe: Recipe) -> list[dict[str, object]]:
     """The step lines of a run, without what depends on the clock."""
     path = recipe.run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    clock = {"seconds", "images_per_second", "data_wait", "teacher_wait", "memory_gb"}
+    clock = {"seconds", "images_per_second", "memory_gb", *WAITS}
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in line.items() if k not in clock} for line in whole]
 

@@ -139,7 +139,8 @@ def evaluate_waiting(recipe: Recipe, device: torch.device | str = "cpu") -> str 
     started = time.monotonic()
     annotations = _annotations(recipe)
     truth = _boxes(recipe, annotations)
-    chosen = stratified_subset(truth, recipe.evaluation.subset_images, recipe.seed)
+    # Not by the recipe's seed: runs with other seeds are to be compared.
+    chosen = stratified_subset(truth, recipe.evaluation.subset_images)
     detections = detect_part(recipe, waiting[0], device, image_ids=chosen)
     seconds = time.monotonic() - started
     results = _score(recipe, waiting[0], annotations, detections, seconds, subset=True)
@@ -216,6 +217,7 @@ def _score(
     results["images_per_second"] = len(detections.images) / seconds
     results["seconds"] = seconds
     results["consumed"] = manifest.consumed
+    results["ground_truth"] = truth.subset(detections.images).digest()
     if subset:
         results["subset"] = f"{len(detections.images):,} of {len(truth.image_ids):,} images"
     folder = evaluation_dir(recipe.run_dir, manifest.step)
@@ -256,7 +258,9 @@ def _image_reader(index: Index) -> Callable[[int], bytes]:
 
 def _log(recipe: Recipe, results: Results) -> None:
     """One line in metrics.jsonl. The trainer passes it on to the sinks; after it, nobody else."""
-    kept = ("protocol", "subset", "seconds", "images_per_second", "consumed")
+    kept = (
+        "protocol", "subset", "ground_truth", "seconds", "images_per_second", "consumed",
+    )  # fmt: skip
     values: dict[str, Any] = {key: results[key] for key in AP_KEYS}
     values |= {key: results[key] for key in kept if key in results}
     append_event(recipe.run_dir, "evaluation", results["step"], values)

@@ -69,6 +69,10 @@ class Progress:
     samples: Counter[str] = field(default_factory=Counter)
     instances: Counter[str] = field(default_factory=Counter)
 
+    def consumed(self) -> dict[str, dict[str, int]]:
+        """As manifests and log lines have it."""
+        return {"samples": dict(self.samples), "instances": dict(self.instances)}
+
 
 @dataclass
 class Initialization:
@@ -107,7 +111,7 @@ def save(
         recipe=recipe.model_dump(mode="json"),
         vocabulary_digest=vocabulary.digest,
         vocabulary=vocabulary.to_json(),
-        consumed={"samples": dict(progress.samples), "instances": dict(progress.instances)},
+        consumed=progress.consumed(),
         versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
         world_size=world_size,
         files={},

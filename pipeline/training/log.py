@@ -163,22 +163,26 @@ def run_lock(run_dir: Path, patience_s: float = 30.0) -> Iterator[None]:
         yield
 
 
+WAITS = ("data_wait", "teacher_wait", "checkpoint_wait", "evaluation_wait")
+"""Seconds of a step, in the mean over steps and ranks, that are not its own work."""
+
+
 class Window:
-    """Sums over the steps since the last metrics line; every rank has one."""
+    """Sums over the `steps` steps since the last metrics line; every rank has one."""
 
     def __init__(self) -> None:
         self._restart()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to `data_wait` or `teacher_wait`."""
+        """Add the seconds of the block to one of the waits."""
         begun = time.perf_counter()
         yield
         self._waits[name] += time.perf_counter() - begun
 
     def add(self, batches: StepBatches, losses: Mapping[str, Tensor], norm: float) -> None:
         """Count a step; losses of one that was skipped (`norm` not finite) are left out."""
-        self._steps += 1
+        self.steps += 1
         self._samples.update(batches.sources)
         self._last["stream"] = batches.stream
         if math.isfinite(norm):
@@ -189,24 +193,24 @@ class Window:
 
     def values(self, section: Training, rate: float, device: torch.device) -> dict[str, Any]:
         """Means per step over all ranks, for a metrics line; starts the next window."""
-        seconds = (time.perf_counter() - self._begun) / self._steps
+        seconds = (time.perf_counter() - self._begun) / self.steps
         names = sorted(self._losses)
         sums = [torch.as_tensor(self._losses[name], device=device).double() for name in names]
         waits = [torch.tensor(wait, device=device).double() for wait in self._waits.values()]
         numbers = torch.stack([*sums, *waits])
         dist.all_reduce(numbers)
-        *totals, data_wait, teacher_wait = numbers.tolist()
+        totals, waited = numbers.tolist()[: len(names)], numbers.tolist()[len(names) :]
         means = {n: total / self._applied for n, total in zip(names, totals, strict=True)}
-        ranks_and_steps = dist.get_world_size() * self._steps
+        ranks_and_steps = dist.get_world_size() * self.steps
         values = {
             "loss": sum(means.values()) if means else None,
             **means,
             "learning_rate": rate,
             **self._last,
             "images_per_second": section.batch_size / seconds,
-            "data_wait": data_wait / ranks_and_steps,
-            "teacher_wait": teacher_wait / ranks_and_steps,
+            **{n: wait / ranks_and_steps for n, wait in zip(self._waits, waited, strict=True)},
             "seconds": seconds,
+            "steps": self.steps,
             **_memory(device),
             "samples": dict(self._samples),
         }
@@ -215,8 +219,8 @@ class Window:
 
     def _restart(self) -> None:
         self._begun = time.perf_counter()
-        self._steps, self._applied = 0, 0
+        self.steps, self._applied = 0, 0
         self._losses: dict[str, Tensor | float] = {}
-        self._waits = {"data_wait": 0.0, "teacher_wait": 0.0}
+        self._waits = dict.fromkeys(WAITS, 0.0)
         self._samples: Counter[str] = Counter()
         self._last: dict[str, Any] = {"grad_norm": None, "stream": None}

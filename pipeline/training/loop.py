@@ -98,14 +98,18 @@ def train(
             facts = agree_on_step(batches, failure, stop, run.vocabulary.num_categories, device)
             if facts.stop or batches is None:
                 if saved != progress.step:
+                    log_window(run, progress, window, log)
                     save_checkpoint(run, progress)
                 raise StopRequested(
                     f"stopped after step {progress.step} of {section.steps} and saved in "
                     f"{recipe.run_dir}; the same command goes on from there"
                 )
-            present = facts.labelled > 0
             columns = class_columns(
-                present, run.image_counts, recipe.detector.losses, recipe.seed, progress.step
+                facts.labelled > 0,
+                run.image_counts,
+                recipe.detector.losses,
+                recipe.seed,
+                progress.step,
             )
             on_device = None if columns is None else torch.from_numpy(columns).to(device)
             context = LossContext(max(1.0, facts.num_boxes), on_device)
@@ -116,20 +120,38 @@ def train(
                 progress.skipped_steps += 1
                 report_skipped(run, progress, suspects, log)
             done = progress.step == section.steps
-            if done or progress.step % section.log_every == 0:
-                rate = section.learning_rate * schedule_factor(batches.step, section)
-                values = window.values(section, rate, device)
-                loss = values["loss"]
-                if log is not None:
-                    log.write("step", progress.step, values)
-            every = recipe.evaluation.every if recipe.data.validation else 0
-            waits = every > 0 and progress.step % every == 0 and not done
-            if done or waits or progress.step % section.checkpoint_every == 0:
-                save_checkpoint(run, progress, wait_for_evaluation=waits)
+            waits = not done and is_evaluated_live(recipe, progress.step)
+            saves = done or waits or progress.step % section.checkpoint_every == 0
+            if saves or progress.step % section.log_every == 0:
+                # With each checkpoint too, so that a resumed run's lines leave no step out.
+                loss = log_window(run, progress, window, log)
+            if saves:
+                with window.timed("checkpoint_wait"):
+                    save_checkpoint(run, progress, wait_for_evaluation=waits)
                 saved = progress.step
             if waits and evaluate is not None:
-                on_first_rank(evaluate)
+                with window.timed("evaluation_wait"):
+                    on_first_rank(evaluate)
         check_in(progress.step, loss)
+
+
+def is_evaluated_live(recipe: Recipe, step: int) -> bool:
+    """Whether the recipe asks for an evaluation after `step` steps, while training goes on."""
+    every = recipe.evaluation.every
+    return recipe.data.validation is not None and every > 0 and step % every == 0
+
+
+def log_window(run: Run, progress: Progress, window: Window, log: RunLog | None) -> float | None:
+    """Log what the steps since the last line gave, if any; the mean loss. All ranks call it."""
+    if not window.steps:
+        return None
+    section = run.recipe.training
+    rate = section.learning_rate * schedule_factor(progress.step - 1, section)
+    values = window.values(section, rate, run.engine.device)
+    if log is not None:
+        log.write("step", progress.step, values | {"consumed": progress.consumed()})
+    loss: float | None = values["loss"]
+    return loss
 
 
 def open_run_dir(recipe: Recipe, stack: ExitStack) -> Path | None:

@@ -132,6 +132,15 @@ def test_a_file_is_read_in_pieces(
     assert len(load_detections(path)) == 0
 
 
+def test_the_digest_tells_ground_truths_apart() -> None:
+    truth = parse_ground_truth(draw_annotations(4, num_images=9))
+    assert truth.digest() == parse_ground_truth(draw_annotations(4, num_images=9)).digest()
+    moved = spoil(lambda tree: tree["annotations"][0]["bbox"].__setitem__(0, 1.5))
+    others = [truth.subset(truth.image_ids[:5]), truth.subset(truth.image_ids[1:6])]
+    others += [parse_ground_truth(spoil(lambda tree: None)), parse_ground_truth(moved)]
+    assert len({one.digest() for one in [truth, *others]}) == 5
+
+
 def test_a_subset_keeps_the_federation_of_its_images() -> None:
     truth = parse_ground_truth(draw_annotations(4, num_images=9))
     ids = truth.image_ids[[1, 4, 8]]
