@@ -3,23 +3,30 @@
     python benchmarks/fps.py CHECKPOINT [--size 800x1088] [--batch 1] [--device cuda]
 
 CHECKPOINT is an exported folder, a checkpoint folder, a run directory or a recipe. The model alone
-gets normalised images that are on the device already. End to end is `LoadedDetector.predict` on one
+gets normalised images that are on the device already, padded as the evaluation and the ONNX file
+pad them. End to end is `LoadedDetector.predict` on one
 JPEG file after another: read, decode, resize to the evaluation's size, forward, best detections.
 Both are warmed up, and the median over the repeats is reported.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
 
 import pipeline
+from pipeline.data.batch import Batch, collate, normalise
+from pipeline.detectors.interface import Detector
+from pipeline.errors import LongtailError, RecipeError
 from pipeline.evaluation.onnx_export import Size, default_size, parse_size
 from pipeline.evaluation.predict import LoadedDetector
 
@@ -44,16 +51,23 @@ def seconds(work: Callable[[], object], device: torch.device, warm_up: int, repe
     return statistics.median(once() for _ in range(repeats))
 
 
-def model_alone(
-    loaded: LoadedDetector, size: Size, batch: int, warm_up: int, repeats: int
-) -> float:
-    """Seconds for a forward of `batch` images without padding."""
-    images = torch.randn((batch, 3, *size), device=loaded.device)
-    mask = torch.zeros((batch, *size), dtype=torch.bool, device=loaded.device)
+def random_images(loaded: LoadedDetector, size: Size, number: int) -> Batch:
+    """`number` images of noise, padded as the evaluation pads those of this size."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    divisor = loaded.recipe.data.transforms.size_divisor
+    return collate([image] * number, [], [], [], divisor).to(loaded.device)
+
+
+def model_alone(loaded: LoadedDetector, batch: Batch, warm_up: int, repeats: int) -> float:
+    """Seconds for a forward of the batch, which is normalised before the clock."""
+    preprocessing = cast(Detector, loaded.detector)
+    mean, std = preprocessing.pixel_mean, preprocessing.pixel_std
+    pixels = normalise(batch.images, batch.mask, mean, std)
 
     def forward() -> None:
         with torch.inference_mode():
-            loaded.detector(images, mask)
+            loaded.detector(pixels, batch.mask)
 
     return seconds(forward, loaded.device, warm_up, repeats)
 
@@ -68,18 +82,52 @@ def end_to_end(loaded: LoadedDetector, warm_up: int, repeats: int) -> float:
         return seconds(lambda: loaded.predict([path]), loaded.device, warm_up, repeats)
 
 
-def main() -> None:
-    """Measure, and print one line for each figure."""
+def at_least(minimum: int, text: str) -> int:
+    """An integer of the command line that is not smaller."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of {minimum} or more")
+    return number
+
+
+def main() -> int:
+    """Measure; what the user did wrong is one paragraph on stderr."""
+    try:
+        measure(read_arguments())
+    except LongtailError as error:
+        print(f"fps: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkpoint", help="exported folder, checkpoint, run directory or recipe")
-    parser.add_argument("--size", type=parse_size, help="HxW of the model alone; the evaluation's")
-    parser.add_argument("--batch", type=int, default=1, help="images a forward, model alone (1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--warm-up", type=int, default=5, help="forwards before the clock (5)")
-    parser.add_argument("--repeats", type=int, default=30, help="timed forwards (30)")
-    arguments = parser.parse_args()
+    one, none = partial(at_least, 1), partial(at_least, 0)
+    parser.add_argument("--size", metavar="HxW", help="of the model alone; the evaluation's")
+    parser.add_argument("--batch", type=one, default=1, help="images a forward, model alone (1)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute; a GPU if there is one",
+    )
+    parser.add_argument("--warm-up", type=none, default=5, help="forwards before the clock (5)")
+    parser.add_argument("--repeats", type=one, default=30, help="timed forwards (30)")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print one line for each figure."""
+    size = parse_size(arguments.size) if arguments.size else None
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch finds no GPU here; leave it out, or give cpu")
     loaded = pipeline.load_detector(arguments.checkpoint, device=arguments.device)
-    size = arguments.size or default_size(loaded.recipe.data.transforms)
+    size = size or default_size(loaded.recipe.data.transforms)
     device = loaded.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     parameters = sum(parameter.numel() for parameter in loaded.detector.parameters())
@@ -88,10 +136,12 @@ def main() -> None:
         f"categories; {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     )
     repeats = arguments.warm_up, arguments.repeats
-    alone = model_alone(loaded, size, arguments.batch, *repeats)
+    batch = random_images(loaded, size, arguments.batch)
+    alone = model_alone(loaded, batch, *repeats)
+    whole, padded = ("x".join(map(str, shape)) for shape in (size, batch.mask.shape[1:]))
     print(
         f"model alone: {arguments.batch / alone:.2f} images per second ({1000 * alone:.1f} ms for "
-        f"{arguments.batch} of {size[0]}x{size[1]}, median of {arguments.repeats})"
+        f"{arguments.batch} of {whole} padded to {padded}, median of {arguments.repeats})"
     )
     both = end_to_end(loaded, *repeats)
     transforms = loaded.recipe.data.transforms
@@ -104,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """Refuse what cannot work before anything is spent, and say what a stage is going to do."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.data.shards import Index, load_index, shards_url
@@ -59,6 +61,7 @@ def needs_teacher(recipe: Recipe) -> bool:
 
 def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     _check_devices(recipe)
+    _check_logging(recipe)
     _check_teacher(recipe)
     _check_backbone(recipe)
     indexes = {source.name: _find_data(recipe, source) for source in sources_of(recipe)}
@@ -69,11 +72,26 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
 
 
 def _check_devices(recipe: Recipe) -> None:
-    cluster = recipe.cluster
-    if cluster.address is not None or not cluster.gpus_per_worker:
+    cluster, evaluation = recipe.cluster, recipe.evaluation
+    if cluster.address is not None:
+        return
+    cpus = max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker)
+    if evaluation.cpus > cpus:
+        raise RecipeError(
+            f"recipe {recipe.name}: evaluation.cpus is {evaluation.cpus:g}, and this machine has "
+            f"{cpus:g}; 0 shares those of the trainers"
+        )
+    if not cluster.gpus_per_worker and not evaluation.gpus:
         return
     import torch
 
+    needed = cluster.gpus_per_worker * cluster.workers + evaluation.gpus
+    if evaluation.gpus and needed > torch.cuda.device_count():
+        raise RecipeError(
+            f"recipe {recipe.name}: evaluation.gpus {evaluation.gpus:g} and the trainers' GPUs are "
+            f"{needed:g}, and this machine has {torch.cuda.device_count()}; give the trainers "
+            "less, or set evaluation.gpus to 0 to evaluate on the CPU while training"
+        )
     if not torch.cuda.is_available():
         raise RecipeError(
             f"recipe {recipe.name}: cluster.gpus_per_worker is {cluster.gpus_per_worker:g}, and "
@@ -86,6 +104,15 @@ def _check_devices(recipe: Recipe) -> None:
             f"recipe {recipe.name}: {cluster.workers} workers of {cluster.gpus_per_worker:g} GPUs "
             f"need {needed:g}, and this machine has {torch.cuda.device_count()}"
         )
+
+
+def _check_logging(recipe: Recipe) -> None:
+    for package in ("wandb", "trackio"):
+        if getattr(recipe.logging, package) is not None and find_spec(package) is None:
+            raise RecipeError(
+                f"recipe {recipe.name}: logging.{package} is set, and {package} is not installed; "
+                f"`pip install {package}`, or set logging.{package} to null"
+            )
 
 
 def _check_teacher(recipe: Recipe) -> None:

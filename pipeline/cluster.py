@@ -57,6 +57,8 @@ News = tuple[int, int, str]
 """What `OnProgress` is called with."""
 
 PROCESS_GROUP_TIMEOUT_S = 600
+MOST_SPARE_THREADS = 8
+"""Threads of a live evaluation that reserves no CPUs, where trainers leave so many unused."""
 POLL_S = 0.5
 
 
@@ -235,8 +237,8 @@ def train_on_cluster(
                     office.stop.remote()
                 _show(office, on_progress)
                 live.poll()
-            while not failure and live.poll() and not wish.wait(POLL_S):
-                pass
+            if not failure:
+                live.drain(wish)
         _show(office, on_progress)
         error = ray.get(office.error.remote())
         if error is not None:
@@ -253,10 +255,12 @@ class LiveEvaluation:
     """One Ray task at a time for the checkpoints of a run that wait for their evaluation.
 
     A checkpoint keeps waiting until its evaluation is done, so one that is lost, with its task or
-    with the driver, is begun again; after `ATTEMPTS` failures it is given up with a warning.
+    with the driver, is begun again; after `ATTEMPTS` failures it is given up with a warning. So is
+    the oldest when more than `MOST_WAITING` wait, and any that the cluster has no place for.
     """
 
     ATTEMPTS = 3
+    MOST_WAITING = 3
 
     def __init__(self, recipe: Recipe, evaluate: Callable[[Recipe], str | None] | None) -> None:
         self._recipe, self._evaluate = recipe, evaluate
@@ -271,17 +275,43 @@ class LiveEvaluation:
         if self._task is not None and ray.wait([self._task], timeout=0)[0]:
             self._finish()
         if self._task is None:
-            waiting = waiting_for_evaluation(self._recipe.run_dir)
-            if waiting:
-                section = self._recipe.evaluation
-                remote = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus, max_retries=0)(
-                    _call_quietly
-                )
-                threads = max(1, int(section.cpus))
-                place = (threads, os.getcwd())
-                self._subject = waiting[0]
-                self._task = remote.remote(self._evaluate, self._recipe, place)
+            self._begin()
         return self._task is not None
+
+    def _begin(self) -> None:
+        waiting = waiting_for_evaluation(self._recipe.run_dir)
+        while len(waiting) > self.MOST_WAITING:
+            self._give_up(waiting.pop(0), "training is faster than its evaluations")
+        if not waiting:
+            return
+        section, resources = self._recipe.evaluation, ray.cluster_resources()
+        for resource, needed in (("CPU", section.cpus), ("GPU", section.gpus)):
+            if needed > resources.get(resource, 0):
+                self._give_up(
+                    waiting[0],
+                    f"evaluation.{resource.lower()}s is {needed:g} and the cluster has "
+                    f"{resources.get(resource, 0):g}",
+                )
+                return
+        remote = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus, max_retries=0)(
+            _call_quietly
+        )
+        cluster = self._recipe.cluster
+        spare = resources.get("CPU", 0) - cluster.workers * cluster.cpus_per_worker
+        threads = max(1, int(section.cpus or min(spare, MOST_SPARE_THREADS)))
+        self._subject = waiting[0]
+        self._task = remote.remote(self._evaluate, self._recipe, (threads, os.getcwd()))
+
+    def _give_up(self, directory: Path, reason: object) -> None:
+        evaluation_done(directory)
+        logger.warning(
+            "evaluation of %s is given up, training goes on without it: %s", directory.name, reason
+        )
+
+    def drain(self, stop: threading.Event) -> None:
+        """Poll until nothing waits any longer, or until `stop`."""
+        while self.poll() and not stop.wait(POLL_S):
+            pass
 
     def close(self) -> None:
         """End what is under way; its checkpoint waits for the next run of the command."""
@@ -295,15 +325,11 @@ class LiveEvaluation:
             text = _unwrapped(task)
         except (LongtailError, RayError) as error:
             self._failures[self._subject] += 1
-            last = self._failures[self._subject] >= self.ATTEMPTS
-            if last:
-                evaluation_done(self._subject)
-            logger.warning(
-                "evaluation of %s failed%s: %s",
-                self._subject.name,
-                ", for the last time; training goes on without it" if last else ", trying again",
-                error,
-            )
+            if self._failures[self._subject] >= self.ATTEMPTS:
+                self._give_up(self._subject, error)
+            else:
+                name = self._subject.name
+                logger.warning("evaluation of %s failed, trying again: %s", name, error)
         else:
             logger.info("%s", text)
 

@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
 from pipeline.check import check_stages, needs_teacher, sources_of
 from pipeline.cluster import (
+    LiveEvaluation,
     run_alone,
     run_on_workers,
     run_reporting,
@@ -28,7 +30,7 @@ from pipeline.evaluation.checkpoints import (
     score_newest,
 )
 from pipeline.evaluation.detections import Detections, concatenate
-from pipeline.evaluation.results import format_table
+from pipeline.evaluation.tables import format_table
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.report.page import write_report
@@ -37,7 +39,7 @@ from pipeline.semantics.teacher import teacher_dir, trained_weights
 from pipeline.signals import stop_signals
 from pipeline.training.build import cache_dir
 from pipeline.training.device import worker_device
-from pipeline.training.manifest import newest_verified, read_manifest
+from pipeline.training.manifest import newest_verified, read_manifest, waiting_for_evaluation
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -181,6 +183,10 @@ def _train(recipe: Recipe, stop: Event) -> None:
     newest = newest_verified(recipe.run_dir)
     if newest is not None and read_manifest(newest).step >= recipe.training.steps:
         print(f"training: done already, {recipe.training.steps} steps", flush=True)
+        if waiting_for_evaluation(recipe.run_dir):
+            start_ray(recipe.cluster)
+            with closing(LiveEvaluation(recipe, _evaluate_waiting)) as live:
+                live.drain(stop)
         return
     with Progress(f"training {recipe.name}", "steps") as progress:
         train_on_cluster(recipe, progress.update, stop, _evaluate_waiting)

@@ -60,6 +60,9 @@ def test_show_prints_the_resolved_recipe(tmp_path: Path) -> None:
     assert "focal_alpha: 0.25" in result.stdout, "defaults are shown too"
 
 
+EVALUATE_FILES = ["evaluate", "--annotations", "gt.json", "--detections", "dt.json"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -84,10 +87,24 @@ def test_show_prints_the_resolved_recipe(tmp_path: Path) -> None:
             "cluster.gpus_per_worker",
         ),
         (["evaluate", "--annotations", "a.json"], 78, "both --annotations and --detections"),
+        (
+            ["evaluate", RECIPES / "tiny.yaml", "--score-threshold", "0"],
+            78,
+            "--score-threshold belong to --annotations",
+        ),
+        (
+            [*EVALUATE_FILES, "--json", "nowhere/out.json"],
+            78,
+            "there is no folder nowhere",
+        ),
+        ([*EVALUATE_FILES, "--json", "."], 78, "is a directory; name a file"),
         (["export", RECIPES / "tiny.yaml", "-o", "out"], 74, "no checkpoint in"),
         (["export", "nowhere", "-o", "out"], 78, "give an exported folder"),
         (["export", "nowhere", "-o", "out", "--size", "64x64"], 78, "--size belongs to --onnx"),
+        (["export", "a", "seed=1", "b", "-o", "out"], 78, "export takes one checkpoint, not 2"),
         (["predict", "nowhere", "seed=1", "a.jpg"], 78, "overrides belong to a recipe"),
+        (["predict", "nowhere", "seed=1"], 78, "no image given"),
+        (["check", RECIPES / "tiny.yaml", "training.step-s=1"], 78, "did you mean 'steps'"),
         (["predict", RECIPES / "tiny.yaml", "output=here", "a.jpg"], 74, "checkpoint in here/tiny"),
         (["report", RECIPES / "tiny.yaml"], 65, "runs/tiny"),
     ],
@@ -101,6 +118,17 @@ def test_what_cannot_work_is_refused_in_one_paragraph(
         pytest.skip("this machine has a GPU, so the recipe is right")
     assert_refused(longtail(*words, cwd=tmp_path), code, message)
     assert not list(tmp_path.iterdir()), "a refusal writes nothing"
+
+
+def test_a_path_that_exists_is_no_override(tmp_path: Path) -> None:
+    path = tmp_path / "lr=1e-4" / "r.yaml"
+    path.parent.mkdir()
+    path.write_text((RECIPES / "tiny.yaml").read_text())
+    shown = longtail("show", "lr=1e-4/r.yaml", "seed=5", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "# tiny: hash" in shown.stdout and "seed: 5" in shown.stdout
+    exported = longtail("export", "lr=1e-4/r.yaml", "output=here", "-o", "out", cwd=tmp_path)
+    assert_refused(exported, 74, "no checkpoint in here/tiny")
 
 
 def test_check_refuses_a_start_from_another_detector(tmp_path: Path) -> None:
@@ -155,7 +183,7 @@ def test_evaluate_files_anywhere(tmp_path: Path) -> None:
     [
         ("detector.backbone.name=resnet81", "resnet81"),
         ("detector.backbone.weights=nowhere.safetensors", "is no file"),
-        ("data.validation.format=objects365", "LVIS format"),
+        ("data.validation.format=imagenet21k", "in the format of LVIS or Objects365"),
     ],
 )
 def test_check_finds_what_would_fail_in_a_worker(
@@ -167,7 +195,9 @@ def test_check_finds_what_would_fail_in_a_worker(
         refused = longtail("check", *recipes, override, cwd=tmp_path)
     else:
         text = (
-            recipes[1].read_text().replace("lvis_val, format: lvis", "lvis_val, format: objects365")
+            recipes[1]
+            .read_text()
+            .replace("lvis_val, format: lvis", "lvis_val, format: imagenet21k")
         )
         (tmp_path / "tiny.yaml").write_text(text)
         refused = longtail("check", recipes[0], tmp_path / "tiny.yaml", cwd=tmp_path)

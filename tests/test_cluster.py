@@ -209,6 +209,15 @@ while live.poll():
     time.sleep(0.2)
 live.close()
 assert not waiting_for_evaluation(recipe.run_dir)
+for step in range(10, 16):
+    directory = recipe.run_dir / "checkpoints" / f"step_{step:08d}"
+    directory.mkdir()
+    request_evaluation(directory)
+much = recipe.evaluation.model_copy(update={"cpus": 4096})
+impossible = LiveEvaluation(recipe.model_copy(update={"evaluation": much}), evaluate)
+for _ in range(4):
+    impossible.poll()
+assert not waiting_for_evaluation(recipe.run_dir)
 assert not LiveEvaluation(recipe, None).poll()
 stop_ray()
 """
@@ -231,8 +240,12 @@ def test_a_live_evaluation_that_dies_is_begun_again_and_a_bad_one_given_up(tmp_p
     said = [line for line in done.stderr.splitlines() if "step_" in line]
     assert said[0].startswith("evaluation of step_00000002 failed, trying again")
     assert said[1] == "evaluated step_00000002"
-    assert [("trying again: image 7" in line) for line in said[2:]] == [True, True, False]
-    assert "for the last time; training goes on without it: image 7 is bad" in said[-1]
+    assert [("trying again: image 7" in line) for line in said[2:5]] == [True, True, False]
+    assert "step_00000004 is given up, training goes on without it: image 7 is bad" in said[4]
+    assert ["training is faster than its evaluations" in line for line in said[5:]] == [
+        *[True] * 3, *[False] * 3,
+    ]  # fmt: skip
+    assert "evaluation.cpus is 4096 and the cluster has" in said[-1]
 
 
 def test_tasks(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TIERS = [
     ["pipeline.training", "pipeline.evaluation", "pipeline.report"],
     ["pipeline.cluster"],
     ["pipeline.check", "pipeline.run"],
-    ["pipeline.cli", "pipeline.__main__"],
+    ["pipeline.arguments", "pipeline.cli", "pipeline.__main__"],
 ]
 
 FENCES = {

@@ -19,8 +19,8 @@ from pipeline.recipe import Recipe
 from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir
 from pipeline.training.build import cache_dir
-from pipeline.training.log import WAITS
 from pipeline.training.manifest import checkpoint_dir
+from pipeline.training.window import WAITS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -58,11 +59,28 @@ def decode_image(data: bytes) -> Image.Image:
     `DataError` for what is no image, is cut short, or has more than `MAX_PIXELS` pixels.
     """
     image = _open(data)
+    upright = to_rgb(image)
+    turn = _TURNS.get(_orientation(image))
+    return upright if turn is None else upright.transpose(turn)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file, as `decode_image` gives it; raises `DataError`, also without a file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the file cannot be read ({error.strerror or error})") from error
+    return decode_image(data)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in RGB as `decode_image` makes it, its EXIF orientation not applied.
+
+    Raises `DataError` for one that is damaged or cut short.
+    """
     try:
         image.load()
-        turn = _TURNS.get(_orientation(image))
-        image = _to_rgb(image)
-        return image if turn is None else image.transpose(turn)
+        return _to_rgb(image)
     except _DAMAGE as error:
         raise DataError(f"the image is damaged or cut short ({_reason(error)})") from None
 

@@ -1,23 +1,15 @@
 """Boxes of a COCO-form json and the detections on them as arrays, for data sets that are annotated
 exhaustively; `ground_truth.py` has the federated ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections
-from pipeline.evaluation.ground_truth import (
-    Annotations,
-    integers,
-    numbers,
-    positions,
-    refuse,
-    unique_ids,
-)
+from pipeline.evaluation.entries import integers, positions, refuse, unique_ids
+from pipeline.evaluation.ground_truth import Annotations, boxes, image_counts, sorted_categories
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,59 +59,29 @@ def parse_boxes(
 ) -> AnnotatedBoxes:
     """Check a COCO-form tree and turn it into arrays; every violated rule is a `DataError`.
 
-    `ignored` (N,) goes with the annotations. An annotation without `area` gets width x height.
+    `ignored` (N,) goes with the annotations. An annotation without `area` (or null)
+    gets width x height.
     """
     annotations = tree["annotations"]
     image_ids = unique_ids(tree["images"], f"{origin}: images")
-    category_ids = unique_ids(tree["categories"], f"{origin}: categories")
-    unique_ids(annotations, f"{origin}: annotations")
-    ids = integers(annotations, "id", origin)
-    bbox = numbers(annotations, "bbox", origin, width=4)
-    refuse((bbox[:, 2:] < 0).any(1), ids, "has a box of negative size (bbox is x, y, w, h)", origin)
-    area, area_given = bbox[:, 2] * bbox[:, 3], np.array(["area" in row for row in annotations])
-    area_given = area_given.astype(bool)
-    area[area_given] = numbers([row for row in annotations if "area" in row], "area", origin)
-    refuse(area < 0, ids, "has a negative area; areas are square pixels", origin)
-    categories = sorted(tree["categories"], key=lambda category: int(category["id"]))
+    category_ids, categories = sorted_categories(tree, origin)
+    where = f"{origin}: annotations"
+    _, bbox, area = boxes(annotations, where, missing_area=0.0)
+    area_given = np.array([row.get("area") is not None for row in annotations], bool)
     return AnnotatedBoxes(
         image_ids=image_ids,
         category_ids=category_ids,
         names=tuple(str(row.get("name", row["id"])) for row in categories),
-        image_counts=np.array([_image_count(row) for row in categories], np.int64),
-        image=positions(image_ids, integers(annotations, "image_id", origin), "image", origin),
+        image_counts=image_counts(categories, origin),
+        image=positions(image_ids, integers(annotations, "image_id", where), "image", where),
         column=positions(
-            category_ids, integers(annotations, "category_id", origin), "category", origin
+            category_ids, integers(annotations, "category_id", where), "category", where
         ),
         bbox=bbox,
-        area=area,
+        area=np.where(area_given, area, bbox[:, 2] * bbox[:, 3]),
         area_given=area_given,
         ignored=ignored,
     )
-
-
-def _image_count(category: Mapping[str, Any]) -> int:
-    count = category.get("image_count")
-    return -1 if count is None else int(count)
-
-
-def flags(
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    origin: str,
-    values: tuple[int, ...] = (0, 1),
-) -> NDArray[np.bool_]:
-    """(N,) bool of one key, False where it is absent; a value other than `values` is a `DataError`.
-
-    Only 1 (or true) sets a flag. Text is refused: "0" would be taken for set.
-    """
-    given = [row.get(key, 0) for row in rows]
-    wrong = [one for one in given if not isinstance(one, bool | int) or one not in values]
-    if wrong:
-        raise DataError(
-            f"{origin}: {len(wrong)} of {len(rows)} annotations have a {key} that is none of "
-            f"{', '.join(map(str, values))} (first: {wrong[0]!r}); write it as one of these numbers"
-        )
-    return np.array([one == 1 for one in given], bool)
 
 
 def select(
@@ -130,14 +92,14 @@ def select(
     Raises `DataError` for a detection whose image or category is unknown, or whose image the
     detector did not see, and for one of `images` that is not annotated or that it did not see.
     """
-    image = positions(truth.image_ids, detections.image_id, "image", "detections")
-    column = positions(truth.category_ids, detections.category_id, "category", "detections")
+    image = positions(truth.image_ids, detections.image_id, "image", detections.origin)
+    column = positions(truth.category_ids, detections.category_id, "category", detections.origin)
     kept = np.ones(len(truth.image_ids), bool)
     if detections.images is not None:
         kept = _mask(truth.image_ids, detections.images, "images that were detected on")
         bad = ~kept[image]
         rule = "is an image that has detections and is not among those that were detected on"
-        refuse(bad, detections.image_id, rule, "detections")
+        refuse(bad, detections.image_id, rule, detections.origin)
     if images is not None:
         chosen = _mask(truth.image_ids, np.array(images, np.int64), "images to evaluate")
         rule = "is an image to evaluate that was not detected on; its boxes would count as missed"
@@ -167,3 +129,13 @@ def _mask(image_ids: NDArray[np.int64], some: NDArray[np.int64], origin: str) ->
     mask = np.zeros(len(image_ids), bool)
     mask[positions(image_ids, some, "image", origin)] = True
     return mask
+
+
+def iou_by_row(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of xywh boxes row by row, (N,)."""
+    low = np.maximum(a[:, :2], b[:, :2])
+    high = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
+    intersection = np.maximum(high - low, 0).prod(axis=1)
+    union = a[:, 2] * a[:, 3] + b[:, 2] * b[:, 3] - intersection
+    # Only two boxes without area have no union; they do not overlap.
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)

@@ -14,17 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.evaluation.annotated_boxes import (
-    AnnotatedBoxes,
-    FoundBoxes,
-    flags,
-    parse_boxes,
-    select,
-)
-from pipeline.evaluation.coco_ap import AREAS, LIMITS, COCOFigures, coco_figures, mean_defined
+from pipeline.evaluation.annotated_boxes import AnnotatedBoxes, FoundBoxes, parse_boxes, select
+from pipeline.evaluation.coco_ap import AREAS, LIMITS, COCOFigures, coco_figures
 from pipeline.evaluation.detections import Detections
-from pipeline.evaluation.ground_truth import Annotations, integers, refuse
-from pipeline.evaluation.voc_ap import MIN_OVERLAP, Year, voc_average_precision
+from pipeline.evaluation.entries import flags, integers, refuse
+from pipeline.evaluation.federated_ap import mean_defined
+from pipeline.evaluation.ground_truth import Annotations
+from pipeline.evaluation.matching import IOU_THRESHOLDS
+from pipeline.evaluation.operating import Judged, operating_point, precision_recall
+from pipeline.evaluation.voc_ap import MIN_OVERLAP, Year, voc_figures
 
 if TYPE_CHECKING:
     from pipeline.evaluation.results import Results
@@ -67,6 +65,7 @@ def evaluate_coco(
     name: str = "COCO",
     train_image_counts: Mapping[int, int] | None = None,
     images: Sequence[int] | None = None,
+    score_threshold: float | None = None,
 ) -> "Results":
     """COCO box AP of `detections`, overall and by category, as pycocotools computes it.
 
@@ -76,15 +75,15 @@ def evaluate_coco(
     crowd regions; `ignore` has no effect, as in pycocotools. An annotation without `area` gets
     width x height; counts and protocol say how many did. `train_image_counts` (category id ->
     training images) go into the per-category rows; without them, the counts that the annotations
-    state. Raises `DataError` for annotations that cannot be evaluated so, LVIS's among them.
+    state. `score_threshold` is that of the operating point, which counts the categories that have
+    an AP. Raises `DataError` for annotations that cannot be evaluated so, LVIS's among them.
     """
     _refuse_federated(annotations, origin, name)
-    rows = annotations["annotations"]
-    integers(rows, "id", origin)  # Refuses entries that are no json objects.
+    rows, where = annotations["annotations"], f"{origin}: annotations"
     group = np.zeros(len(rows), bool)
     for key in GROUP_KEYS:
-        group |= flags(rows, key, origin, (-1, 0, 1))
-    whole = parse_boxes(annotations, flags(rows, "iscrowd", origin) | group, origin)
+        group |= flags(rows, key, where, (-1, 0, 1))
+    whole = parse_boxes(annotations, flags(rows, "iscrowd", where) | group, origin)
     truth, found = select(whole, detections, images)
     figures = coco_figures(truth, found)
     within = _within_limit(truth, found, LIMITS[-1])
@@ -97,7 +96,7 @@ def evaluate_coco(
     return {
         "protocol": _coco_sentence(name, _images(truth, whole), special),
         **_coco_summary(figures),
-        **_not_measured(),
+        **_curves(figures.precision[..., AREAS.index("all")], figures.judged, score_threshold),
         "counts": _counts(truth, whole, found, detections, within, defined) | special,
         "per_category": [
             row
@@ -137,9 +136,19 @@ def _coco_summary(figures: COCOFigures) -> dict[str, float | None]:
     }
 
 
-def _not_measured() -> dict[str, Any]:
-    """Keys of LVIS results that these protocols do not have."""
-    return {"protocols": {}, "operating_point": None, "curves": None}
+def _curves(
+    precision: NDArray[np.float64], judged: Judged, score_threshold: float | None
+) -> dict[str, Any]:
+    """Operating point and curves, with the keys of LVIS results; no other limits, no frequencies.
+
+    `precision` is (10 IoU thresholds, 101 recalls, C).
+    """
+    point = operating_point(judged, score_threshold)
+    return {
+        "protocols": {},
+        "operating_point": None if point is None else point.to_json(),
+        "curves": precision_recall(precision, {"all": np.arange(precision.shape[-1])}),
+    }
 
 
 def evaluate_voc(
@@ -151,6 +160,7 @@ def evaluate_voc(
     box_size: Literal["pixels", "difference"] = "pixels",
     train_image_counts: Mapping[int, int] | None = None,
     images: Sequence[int] | None = None,
+    score_threshold: float | None = None,
 ) -> "Results":
     """Pascal VOC box AP at IoU 0.5, overall and by category, by the development kit's rules.
 
@@ -163,18 +173,21 @@ def evaluate_voc(
     """
     assert year in (2007, 2010) and box_size in ("pixels", "difference")
     _refuse_federated(annotations, origin, f"VOC{year}")
-    rows = annotations["annotations"]
-    ids = integers(rows, "id", origin)
+    rows, where = annotations["annotations"], f"{origin}: annotations"
+    ids = integers(rows, "id", where)
     rule = "is a crowd: Pascal VOC has none; mark what shall not count as `difficult`"
-    refuse(flags(rows, "iscrowd", origin), ids, rule, origin)
-    difficult = flags(rows, "difficult", origin) | flags(rows, "ignore", origin)
+    refuse(flags(rows, "iscrowd", where), ids, rule, where)
+    difficult = flags(rows, "difficult", where) | flags(rows, "ignore", where)
     whole = parse_boxes(annotations, difficult, origin)
     truth, found = select(whole, detections, images)
     if box_size == "difference":
         truth = replace(truth, bbox=truth.bbox + _ONE_PIXEL)
         found = replace(found, bbox=found.bbox + _ONE_PIXEL)
-    average = voc_average_precision(truth, found, year)
+    figures = voc_figures(truth, found, year)
+    average = figures.average
     overall = mean_defined(average)
+    precision = np.full((len(IOU_THRESHOLDS), *figures.curves.shape), np.nan)
+    precision[IOU_THRESHOLDS == MIN_OVERLAP] = figures.curves
     within = _within_limit(truth, found, None)
     form = "11 recalls" if year == 2007 else "area under the curve"
     sentence = (
@@ -189,7 +202,7 @@ def evaluate_voc(
         "AP": overall,
         "AP50": overall,
         **dict.fromkeys(("AP75", "APs", "APm", "APl", "APr", "APc", "APf")),
-        **_not_measured(),
+        **_curves(precision, figures.judged, score_threshold),
         "counts": counts | {"difficult": int(truth.ignored.sum())},
         "per_category": [
             row | {"AP": mean_defined(one), "AP50": mean_defined(one), "AP75": None, "AR": None}

@@ -15,7 +15,7 @@ from pipeline.data.shards import Index, load_index, shards_url
 from pipeline.data.storage import read_bytes, resolve
 from pipeline.data.stream import EvaluationSet
 from pipeline.data.vocabulary import Vocabulary
-from pipeline.errors import RecipeError, StorageError
+from pipeline.errors import LongtailError, RecipeError, StorageError
 from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.detections import Detections
@@ -33,16 +33,14 @@ from pipeline.evaluation.results import (
     check_vocabulary,
     evaluate_detections,
     evaluation_dir,
-    format_comparison,
-    format_fraction,
-    format_table,
     write_results,
 )
 from pipeline.evaluation.subset import stratified_subset
+from pipeline.evaluation.tables import format_comparison, format_fraction, format_table
 from pipeline.recipe import Recipe, Source
 from pipeline.training.checkpoint import load_detector
 from pipeline.training.device import worker_device
-from pipeline.training.log import append_event, sink_values
+from pipeline.training.log import run_lock
 from pipeline.training.manifest import (
     MANIFEST,
     evaluation_done,
@@ -51,7 +49,7 @@ from pipeline.training.manifest import (
     read_manifest,
     waiting_for_evaluation,
 )
-from pipeline.training.sinks import open_sinks
+from pipeline.training.metrics import SinkFeed, append_event
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +154,16 @@ def evaluate_waiting(recipe: Recipe, device: torch.device | str = "cpu") -> str 
 
 
 def evaluate_all_waiting(recipe: Recipe) -> None:
-    """`evaluate_waiting` in line, on this worker's device, until no checkpoint waits."""
-    while text := evaluate_waiting(recipe, worker_device(recipe)):
-        logger.info("%s", text)
+    """`evaluate_waiting` in line, on this worker's device, until no checkpoint waits.
+
+    One that cannot be evaluated is given up with a warning: training goes on without it.
+    """
+    while waiting := waiting_for_evaluation(recipe.run_dir):
+        try:
+            logger.info("%s", evaluate_waiting(recipe, worker_device(recipe)))
+        except (LongtailError, OSError) as error:
+            logger.warning("evaluation of %s is given up: %s", waiting[0].name, error)
+            evaluation_done(waiting[0])
 
 
 LIVE_KEYS = ("AP", "APr", "APc", "APf")
@@ -220,12 +225,12 @@ def _score(
     results["ground_truth"] = truth.subset(detections.images).digest()
     if subset:
         results["subset"] = f"{len(detections.images):,} of {len(truth.image_ids):,} images"
-    folder = evaluation_dir(recipe.run_dir, manifest.step)
+    folder = evaluation_dir(recipe.run_dir, manifest.step, subset=subset)
     folder.mkdir(parents=True, exist_ok=True)
     reader = _image_reader(load_index(shards_url(recipe.data, source)))
     save_examples(folder, truth, detections, reader, recipe.evaluation.example_images)
     results["of"] = _identity(recipe, directory, subset=subset)
-    write_results(recipe.run_dir, manifest.step, results, detections)
+    write_results(recipe.run_dir, manifest.step, results, detections, subset=subset)
     _log(recipe, results)
     return results
 
@@ -241,8 +246,9 @@ def is_evaluated(recipe: Recipe) -> bool:
 
 def _identity(recipe: Recipe, directory: Path, *, subset: bool) -> dict[str, object]:
     """What figures are of: the very checkpoint, and the way that it is evaluated."""
-    section = recipe.evaluation
+    section, source = recipe.evaluation, _validation_source(recipe)
     return {
+        "data": [recipe.data.root, source.model_dump(mode="json")],
         "checkpoint": file_digest(directory / MANIFEST)["sha256"],
         "max_detections": section.max_detections,
         "use_ema": section.use_ema,
@@ -257,14 +263,15 @@ def _image_reader(index: Index) -> Callable[[int], bytes]:
 
 
 def _log(recipe: Recipe, results: Results) -> None:
-    """One line in metrics.jsonl. The trainer passes it on to the sinks; after it, nobody else."""
+    """One line in metrics.jsonl, passed on to the sinks, by the trainer if there is one."""
     kept = (
         "protocol", "subset", "ground_truth", "seconds", "images_per_second", "consumed",
     )  # fmt: skip
     values: dict[str, Any] = {key: results[key] for key in AP_KEYS}
     values |= {key: results[key] for key in kept if key in results}
     append_event(recipe.run_dir, "evaluation", results["step"], values)
-    if "subset" not in results:
-        for sink in open_sinks(recipe):
-            sink.write(results["step"], sink_values({"event": "evaluation", **values}))
-            sink.close()
+    try:
+        with run_lock(recipe.run_dir, patience_s=0):
+            SinkFeed(recipe).close()
+    except StorageError:
+        pass  # A trainer holds the run; it passes the line on.

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from pipeline.evaluation.annotated_boxes import AnnotatedBoxes, FoundBoxes
+from pipeline.evaluation.annotated_boxes import AnnotatedBoxes, FoundBoxes, iou_by_row
+from pipeline.evaluation.federated_ap import mean_defined
+from pipeline.evaluation.operating import Judged
 
 _PARAMETERS = Params(iouType="bbox")
 IOU_THRESHOLDS: list[float] = _PARAMETERS.iouThrs.tolist()
@@ -27,10 +29,12 @@ LIMITS: list[int] = _PARAMETERS.maxDets
 @dataclass(frozen=True, slots=True)
 class COCOFigures:
     """`precision` (10 IoU thresholds, 101 recalls, C, 4 areas) at the largest limit and `recall`
-    (10, C, 4, 3 limits); NaN where a category has no box that counts in the area range."""
+    (10, C, 4, 3 limits); NaN where a category has no box that counts in the area range. `judged`
+    are the detections, within the largest limit, of categories that have such a box."""
 
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
+    judged: Judged
 
     def ap(
         self, area: str = "all", iou_threshold: float | None = None, column: int | None = None
@@ -49,12 +53,6 @@ class COCOFigures:
         return mean_defined(part if column is None else part[:, column])
 
 
-def mean_defined(values: NDArray[np.float64]) -> float | None:
-    """Mean of what is not NaN, or None where nothing is left."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else None
-
-
 def coco_figures(truth: AnnotatedBoxes, found: FoundBoxes) -> COCOFigures:
     """Match as pycocotools does; `truth.ignored` are crowd regions.
 
@@ -66,12 +64,27 @@ def coco_figures(truth: AnnotatedBoxes, found: FoundBoxes) -> COCOFigures:
     precision = np.full(shape, np.nan)
     recall = np.full((len(IOU_THRESHOLDS), size, len(AREAS), len(LIMITS)), np.nan)
     truth_rows, found_rows = _by_column(truth.column, size), _by_column(found.column, size)
+    matches = np.zeros((2, 0), np.int64)
     for column in np.unique(truth.column[~truth.ignored]).tolist():
-        figures = _one_category(truth, truth_rows[column], found, found_rows[column])
-        precision[:, :, column] = figures["precision"][:, :, 0, :, -1]
-        recall[:, column] = figures["recall"][:, 0]
+        evaluation = _one_category(truth, truth_rows[column], found, found_rows[column])
+        precision[:, :, column] = evaluation.eval["precision"][:, :, 0, :, -1]
+        recall[:, column] = evaluation.eval["recall"][:, 0]
+        rows, boxes = _matches(evaluation)
+        boxes = np.where(boxes < 0, -1, truth_rows[column][boxes])
+        matches = np.hstack([matches, [found_rows[column][rows], boxes]])
     # pycocotools says -1 for undefined.
-    return COCOFigures(*(np.where(array == -1, np.nan, array) for array in (precision, recall)))
+    precision, recall = (np.where(array == -1, np.nan, array) for array in (precision, recall))
+    return COCOFigures(precision, recall, _judge(truth, found, *matches))
+
+
+def _judge(
+    truth: AnnotatedBoxes, found: FoundBoxes, rows: NDArray[np.int64], boxes: NDArray[np.int64]
+) -> Judged:
+    """Detections by their rows with the row of the box that each takes, -1 for none."""
+    hit = boxes >= 0
+    overlap = np.zeros(len(rows))
+    overlap[hit] = iou_by_row(found.bbox[rows[hit]], truth.bbox[boxes[hit]])
+    return Judged(found.score[rows], hit, overlap, int((~truth.ignored).sum()))
 
 
 def _by_column(column: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
@@ -85,7 +98,7 @@ def _one_category(
     truth_rows: NDArray[np.int64],
     found: FoundBoxes,
     found_rows: NDArray[np.int64],
-) -> dict[str, Any]:
+) -> COCOeval:
     boxes = _rows(truth.image[truth_rows], truth.bbox[truth_rows])
     for row, area, crowd in zip(
         boxes, truth.area[truth_rows].tolist(), truth.ignored[truth_rows].tolist(), strict=True
@@ -99,8 +112,23 @@ def _one_category(
         evaluation = COCOeval(_index(images, boxes), _index(images, detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    figures: dict[str, Any] = evaluation.eval
-    return figures
+    return evaluation
+
+
+def _matches(evaluation: COCOeval) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the detections that are not ignored at IoU 0.50 over all areas, and of the box
+    that each takes, -1 for none."""
+    # Images follow each other within an area range, and the first range is all areas.
+    images = evaluation.evalImgs[: len(evaluation.params.imgIds)]
+    ids, box_ids, ignored = (
+        np.concatenate(arrays).astype(np.int64)
+        for arrays in zip(
+            *((one["dtIds"], one["dtMatches"][0], one["dtIgnore"][0]) for one in images),
+            strict=True,
+        )
+    )
+    judged = ignored == 0
+    return ids[judged] - 1, box_ids[judged] - 1
 
 
 def _rows(image: NDArray[np.int64], bbox: NDArray[np.float64]) -> list[dict[str, Any]]:

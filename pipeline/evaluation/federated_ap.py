@@ -61,15 +61,16 @@ class FederatedAP:
         if iou_threshold is not None:
             part = part[IOU_THRESHOLDS == iou_threshold]
             assert len(part) == 1, f"{iou_threshold} is none of the IoU thresholds"
-        return _mean(part if columns is None else part[:, columns])
+        return mean_defined(part if columns is None else part[:, columns])
 
     def ar(self, area: str = "all", columns: NDArray[np.int64] | None = None) -> float | None:
         """Mean of the largest recall over IoU thresholds and categories, or None."""
         part = self.recall[..., list(AREA_RANGES).index(area)]
-        return _mean(part if columns is None else part[:, columns])
+        return mean_defined(part if columns is None else part[:, columns])
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
+def mean_defined(values: NDArray[np.float64]) -> float | None:
+    """Mean of what is not NaN, or None where nothing is left."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.evaluation.entries import (
+    Rows,
+    flags,
+    integer_lists,
+    integers,
+    numbers,
+    positions,
+    read_json,
+    refuse,
+    unique_ids,
+)
 
 Annotations = Mapping[str, Any]
 """The tree of an LVIS json: `images`, `annotations`, `categories`."""
@@ -98,51 +109,68 @@ def load_annotations(path: str | Path) -> Annotations:
     return tree
 
 
-def read_json(path: str | Path) -> object:
-    """Parse a local json file, or raise a `DataError` that names it."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; give the path of a json file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not complete json ({error}); write it again") from None
-
-
 def parse_ground_truth(tree: Annotations, origin: str = "annotations") -> GroundTruth:
-    """Check an LVIS tree and turn it into arrays; every violated rule is a `DataError`."""
+    """Check an LVIS tree and turn it into arrays; every violated rule is a `DataError`.
+
+    LVIS has no crowds, and its package takes one for an object like any other: `iscrowd` is the
+    sign of a COCO file and refused. `ignore` (0 or 1) is LVIS's own.
+    """
     for key in ("images", "annotations", "categories"):
         if not isinstance(tree.get(key), list):
             raise DataError(f"{origin}: key {key!r} is missing or no list; is this an LVIS json?")
-    images, annotations, categories = tree["images"], tree["annotations"], tree["categories"]
-    categories = sorted(categories, key=lambda category: int(category["id"]))
+    images, annotations = tree["images"], tree["annotations"]
     image_ids = unique_ids(images, f"{origin}: images")
-    category_ids = unique_ids(categories, f"{origin}: categories")
-    unique_ids(annotations, f"{origin}: annotations")
-    bbox = numbers(annotations, "bbox", origin, width=4)
-    area = numbers(annotations, "area", origin)
-    ids = integers(annotations, "id", origin)
-    refuse((bbox[:, 2:] < 0).any(1), ids, "has a box of negative size (bbox is x, y, w, h)", origin)
-    crowd = np.array([bool(row.get("iscrowd", 0)) for row in annotations], bool)
-    refuse(crowd, ids, "is a crowd: LVIS has none, so this is a COCO file", origin)
+    category_ids, categories = sorted_categories(tree, origin)
+    where = f"{origin}: annotations"
+    ids, bbox, area = boxes(annotations, where)
+    crowd = flags(annotations, "iscrowd", where)
+    refuse(crowd, ids, "is a crowd: LVIS has none, so this is a COCO file", where)
     return GroundTruth(
         image_ids=image_ids,
         category_ids=category_ids,
         names=tuple(str(row.get("name", row["id"])) for row in categories),
         frequencies=tuple(_frequency(row, origin) for row in categories),
-        image_counts=np.array([_image_count(row) for row in categories], np.int64),
-        image=positions(image_ids, integers(annotations, "image_id", origin), "image", origin),
+        image_counts=image_counts(categories, origin),
+        image=positions(image_ids, integers(annotations, "image_id", where), "image", where),
         column=positions(
-            category_ids, integers(annotations, "category_id", origin), "category", origin
+            category_ids, integers(annotations, "category_id", where), "category", where
         ),
         bbox=bbox,
         area=area,
-        ignored=np.array([bool(row.get("ignore", 0)) for row in annotations], bool),
+        ignored=flags(annotations, "ignore", where),
         negative=_pairs(images, "neg_category_ids", image_ids, category_ids, origin),
         not_exhaustive=_pairs(
             images, "not_exhaustive_category_ids", image_ids, category_ids, origin
         ),
     )
+
+
+def sorted_categories(tree: Annotations, origin: str) -> tuple[NDArray[np.int64], Rows]:
+    """Ascending ids of the categories, and the categories in that order."""
+    origin = f"{origin}: categories"
+    order = np.argsort(integers(tree["categories"], "id", origin)).tolist()
+    return unique_ids(tree["categories"], origin), [tree["categories"][i] for i in order]
+
+
+def image_counts(categories: Rows, origin: str) -> NDArray[np.int64]:
+    """Training images of each category as its file states them, -1 where it does not."""
+    return integers(categories, "image_count", f"{origin}: categories", default=-1)
+
+
+def boxes(
+    annotations: Rows, origin: str, missing_area: float | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Ids (N,), each given once, boxes (N, 4) xywh and areas (N,), none of negative size.
+
+    Without a `missing_area` every annotation must have its own.
+    """
+    unique_ids(annotations, origin)
+    ids = integers(annotations, "id", origin)
+    bbox = numbers(annotations, "bbox", origin, width=4)
+    refuse((bbox[:, 2:] < 0).any(1), ids, "has a box of negative size (bbox is x, y, w, h)", origin)
+    area = numbers(annotations, "area", origin, default=missing_area)
+    refuse(area < 0, ids, "has a negative area; areas are square pixels", origin)
+    return ids, bbox, area
 
 
 def without_federation(tree: Annotations) -> Annotations:
@@ -152,7 +180,7 @@ def without_federation(tree: Annotations) -> Annotations:
     return {
         "images": [{**image, **unknown} for image in tree["images"]],
         "annotations": [
-            {**row, "area": row.get("area", row["bbox"][2] * row["bbox"][3])}
+            row if row.get("area") is not None else {**row, "area": row["bbox"][2] * row["bbox"][3]}
             for row in tree["annotations"]
             if not row.get("iscrowd", 0)
         ],
@@ -169,13 +197,8 @@ def _frequency(category: Mapping[str, Any], origin: str) -> str | None:
     return None if frequency is None else str(frequency)
 
 
-def _image_count(category: Mapping[str, Any]) -> int:
-    count = category.get("image_count")
-    return -1 if count is None else int(count)
-
-
 def _pairs(
-    images: Sequence[Mapping[str, Any]],
+    images: Rows,
     key: str,
     image_ids: NDArray[np.int64],
     category_ids: NDArray[np.int64],
@@ -187,82 +210,7 @@ def _pairs(
             f"{origin}: {len(missing)} images have no list {key} (first: {missing[:3]}); federated "
             "AP needs it. Is this a COCO file? Add the lists (empty if nothing is known)."
         )
-    owner = np.repeat(
-        np.array([image["id"] for image in images], np.int64), [len(image[key]) for image in images]
-    )
-    members = np.array([value for image in images for value in image[key]], np.int64)
+    members, sizes = integer_lists(images, key, f"{origin}: images")
+    owner = np.repeat(integers(images, "id", origin), sizes)
     columns = positions(category_ids, members, f"category in {key}", origin)
     return np.unique(np.searchsorted(image_ids, owner) * len(category_ids) + columns)
-
-
-def refuse(bad: NDArray[np.bool_] | np.bool_, values: NDArray[Any], rule: str, origin: str) -> None:
-    """Raise a `DataError` with the number of bad rows and the first three different values."""
-    if bad.any():
-        different = dict.fromkeys(values[bad][:1000].tolist())
-        first = ", ".join(str(value) for value in list(different)[:3])
-        raise DataError(f"{origin}: {first} {rule} ({int(bad.sum())} of {len(values)})")
-
-
-def unique_ids(rows: Sequence[Mapping[str, Any]], origin: str) -> NDArray[np.int64]:
-    """The rows' ids in ascending order; an id given twice is a `DataError`."""
-    ids, count = np.unique(integers(rows, "id", origin), return_counts=True)
-    refuse(count > 1, ids, "is an id given more than once; ids must differ", origin)
-    return ids
-
-
-def integers(rows: Sequence[Mapping[str, Any]], key: str, origin: str) -> NDArray[np.int64]:
-    """(N,) int64 of one key; text, fractions and missing values are a `DataError`."""
-    values = _column(rows, key, origin)
-    array = np.array(values) if values else np.zeros(0, np.int64)
-    if array.dtype.kind != "i" or array.ndim != 1:
-        wrong = [value for value in values if type(value) is not int]
-        raise DataError(f"{origin}: {key} must be whole numbers, not {wrong[:3]}")
-    return array.astype(np.int64)
-
-
-def numbers(
-    rows: Sequence[Mapping[str, Any]], key: str, origin: str, width: int = 0
-) -> NDArray[np.float64]:
-    """(N,) or (N, width) finite float64 of one key, or a `DataError`."""
-    values = _column(rows, key, origin)
-    shape = (len(values), width) if width else (len(values),)
-    try:
-        array = np.array(values, np.float64).reshape(shape) if values else np.zeros(shape)
-    except (TypeError, ValueError):
-        kind = f"lists of {width} numbers" if width else "numbers"
-        wrong = [value for value in values if not _is_number(value, width)]
-        raise DataError(f"{origin}: {key} must be {kind}, not {wrong[:1]}") from None
-    bad = ~np.isfinite(array).reshape(len(values), width or 1).all(axis=1)
-    refuse(bad, np.arange(len(values)), f"is an entry whose {key} is not finite", origin)
-    return array
-
-
-def _is_number(value: object, width: int) -> bool:
-    if width:
-        return (
-            isinstance(value, list)
-            and len(value) == width
-            and all(_is_number(part, 0) for part in value)
-        )
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _column(rows: Sequence[Mapping[str, Any]], key: str, origin: str) -> list[Any]:
-    try:
-        return [row[key] for row in rows]
-    except KeyError:
-        count = sum(key not in row for row in rows)
-        raise DataError(f"{origin}: {count} of {len(rows)} entries have no {key!r}") from None
-    except TypeError:
-        raise DataError(f"{origin}: entries must be json objects with {key!r}") from None
-
-
-def positions(
-    known: NDArray[np.int64], ids: NDArray[np.int64], what: str, origin: str
-) -> NDArray[np.int64]:
-    """Where each id stands in the ascending `known` ids; an unknown one is a `DataError`."""
-    place = np.searchsorted(known, ids)
-    found = place < len(known)
-    found[found] = known[place[found]] == ids[found]
-    refuse(~found, ids, f"is an unknown {what} id", origin)
-    return place.astype(np.int64)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections
-from pipeline.evaluation.ground_truth import GroundTruth, positions, refuse
+from pipeline.evaluation.entries import positions, refuse
+from pipeline.evaluation.ground_truth import GroundTruth
 
 AREA_RANGES = {
     "all": (0.0, 1e5**2),
@@ -79,8 +80,8 @@ def match(truth: GroundTruth, detections: Detections) -> Matches:
 
     Raises `DataError` for a detection whose image or category the annotations do not have.
     """
-    image = positions(truth.image_ids, detections.image_id, "image", "detections")
-    column = positions(truth.category_ids, detections.category_id, "category", "detections")
+    image = positions(truth.image_ids, detections.image_id, "image", detections.origin)
+    column = positions(truth.category_ids, detections.category_id, "category", detections.origin)
     rank = _rank(image, detections.score)
     area = detections.bbox[:, 2] * detections.bbox[:, 3]
     # Boxes without area never count, on either side; they do use up places under a limit.

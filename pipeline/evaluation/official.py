@@ -28,13 +28,23 @@ def official_lvis(
 ) -> dict[str, float | None]:
     """Box AP and AR as the `lvis` package computes them; None where it says -1 (undefined)."""
     tree = load_annotations(ground_truth) if isinstance(ground_truth, str | Path) else ground_truth
+    dataset = _bare(tree, detections)
+    return run_package(dataset, _rows(dataset, detections), max_detections)
+
+
+def run_package(
+    dataset: dict[str, Any], rows: list[dict[str, Any]], max_detections: int = MAX_DETECTIONS
+) -> dict[str, float | None]:
+    """The package on its own input: an LVIS tree and result entries, one or more.
+
+    It writes into both. Annotation ids must not be 0, which it takes for no match.
+    """
     with _quiet_logging():
         package = _import_lvis()
         truth = package.LVIS.__new__(package.LVIS)
         truth.logger = logging.getLogger("lvis.lvis")
-        truth.dataset = _bare(tree, detections)
+        truth.dataset = dataset
         truth._create_index()
-        rows = _rows(truth.dataset, detections)
         results = package.LVISResults(truth, rows, max_dets=max_detections)
         evaluation = package.LVISEval(truth, results, iou_type="bbox")
         evaluation.params.max_dets = max_detections
@@ -43,10 +53,8 @@ def official_lvis(
 
 
 def _bare(tree: Annotations, detections: Detections) -> dict[str, Any]:
-    """Only what the package reads, copied, because it writes into what it is given.
-
-    Annotation ids are numbered anew: the package takes a match to id 0 for no match.
-    """
+    """Only what the package reads, copied, because it writes into what it is given; annotation ids
+    are numbered anew."""
     keys = ("image_id", "category_id", "bbox", "area", "ignore")
     images, annotations = tree["images"], tree["annotations"]
     if detections.images is not None:

@@ -8,7 +8,6 @@ Normalisation and padding are inside the graph. Metadata holds categories and si
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pipeline.detectors.interface import Detector, Predictions
 from pipeline.errors import DataError, RecipeError, StorageError
 from pipeline.evaluation.predict import LoadedDetector
 from pipeline.recipe import Transforms
-from pipeline.training.manifest import read_manifest
+from pipeline.training.manifest import read_manifest, unfinished
 
 OPSET = 18
 """torch's own; GridSample is there from 16 on, and a later opset asks for a later runtime."""
@@ -120,13 +119,13 @@ def export_onnx(loaded: LoadedDetector, path: Path, size: Size | None = None) ->
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, _metadata(loaded, size))
-    partial = path.with_name(path.name + ".tmp")
+    partial = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         onnx.save(model, str(partial))
         comparison = compare(module, partial, image)
         _refuse_difference(comparison)
-        os.replace(partial, path)
+        partial.rename(path)
     except OSError as error:
         raise StorageError(f"{path} could not be written: {error}") from error
     finally:

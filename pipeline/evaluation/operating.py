@@ -5,13 +5,27 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.federated_ap import RECALL_THRESHOLDS, FederatedAP
+from pipeline.evaluation.federated_ap import RECALL_THRESHOLDS
 from pipeline.evaluation.matching import IOU_THRESHOLDS, Matches
 
 CURVE_THRESHOLDS = {"0.50": 0.5, "0.75": 0.75, "0.50:0.95": None}
 
 Curves = dict[str, object]
 """`recall`, 101 values, and `precision` at them: group -> IoU -> 101 values or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Detections that are true or false at IoU 0.50, boxes of any size; those ignored are left out.
+
+    `score` (D,), `hit` (D,) bool, `overlap` (D,) the IoU of a hit with its box; `num_truth` boxes
+    were to be found.
+    """
+
+    score: NDArray[np.float64]
+    hit: NDArray[np.bool_]
+    overlap: NDArray[np.float64]
+    num_truth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,57 +49,69 @@ class OperatingPoint:
         return asdict(self)
 
 
-def operating_point(
-    matches: Matches, keep: NDArray[np.bool_], score_threshold: float | None = None
-) -> OperatingPoint | None:
+def judge(matches: Matches, keep: NDArray[np.bool_]) -> Judged:
+    """The detections of federated matches that a protocol keeps; see `federated_ap.kept`."""
+    # The first bit is the lowest IoU threshold over all areas.
+    rows = np.flatnonzero(keep & (matches.ignored[:, 0] >> 7 == 0))
+    return Judged(
+        score=matches.score[rows],
+        hit=(matches.true_positive[rows, 0] >> 7).astype(bool),
+        overlap=matches.overlap[rows],
+        num_truth=int(matches.truth_counts[:, 0].sum()),
+    )
+
+
+def operating_point(judged: Judged, score_threshold: float | None = None) -> OperatingPoint | None:
     """Precision, recall and IoU of the detections that score at least `score_threshold`.
 
     Without one, the threshold whose F1 is largest (the highest of equals); None where no detection
-    is judged. IoU 0.50, boxes of any size; detections that the protocol ignores do not count.
+    is judged.
     """
-    # The first bit is the lowest IoU threshold over all areas.
-    hit = (matches.true_positive[:, 0] >> 7).astype(bool)
-    judged = keep & ~(matches.ignored[:, 0] >> 7).astype(bool)
-    num_truth = int(matches.truth_counts[:, 0].sum())
     if score_threshold is None:
-        score_threshold = _best_threshold(matches.score[judged], hit[judged], num_truth)
+        score_threshold = _best_threshold(judged)
     if score_threshold is None:
         return None
-    chosen = judged & (matches.score >= score_threshold)
-    detections, true = int(chosen.sum()), int((chosen & hit).sum())
+    chosen = judged.score >= score_threshold
+    found = chosen & judged.hit
+    detections, true = int(chosen.sum()), int(found.sum())
     return OperatingPoint(
         score_threshold=score_threshold,
         iou_threshold=float(IOU_THRESHOLDS[0]),
         precision=true / detections if detections else None,
-        recall=true / num_truth if num_truth else None,
-        mean_iou=float(matches.overlap[chosen & hit].mean()) if true else None,
+        recall=true / judged.num_truth if judged.num_truth else None,
+        mean_iou=float(judged.overlap[found].mean()) if true else None,
         detections=detections,
         true_positives=true,
     )
 
 
-def _best_threshold(
-    score: NDArray[np.float64], hit: NDArray[np.bool_], num_truth: int
-) -> float | None:
-    if not len(score):
+def _best_threshold(judged: Judged) -> float | None:
+    if not len(judged.score):
         return None
-    order = np.argsort(-score, kind="stable")
+    order = np.argsort(-judged.score, kind="stable")
+    score = judged.score[order]
     # Equal scores pass a threshold together: only the last of them is a place to cut.
-    last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
-    f1 = 2 * np.cumsum(hit[order])[last] / (last + 1 + num_truth)
-    return float(score[order][last[np.argmax(f1)]])
+    last = np.flatnonzero(np.r_[np.diff(score) != 0, True])
+    f1 = 2 * np.cumsum(judged.hit[order])[last] / (last + 1 + judged.num_truth)
+    return float(score[last[np.argmax(f1)]])
 
 
-def precision_recall(figures: FederatedAP, groups: dict[str, NDArray[np.int64]]) -> Curves:
-    """Mean interpolated precision at 101 recalls of each group of columns, boxes of any size."""
+def precision_recall(
+    precision: NDArray[np.float64], groups: dict[str, NDArray[np.int64]]
+) -> Curves:
+    """Mean of each group of columns, out of interpolated `precision` (10 IoU thresholds, 101
+    recalls, C) over boxes of any size; NaN where it is not defined or not measured."""
     curves: dict[str, dict[str, list[float] | None]] = {}
     for group, columns in groups.items():
-        part = figures.curves[..., columns]
+        part = precision[..., columns]
         part = part[..., ~np.isnan(part).all(axis=(0, 1))]
         curves[group] = {
-            name: None
-            if not part.shape[-1]
-            else part[slice(None) if iou is None else IOU_THRESHOLDS == iou].mean((0, 2)).tolist()
+            name: _mean_curve(part[slice(None) if iou is None else IOU_THRESHOLDS == iou])
             for name, iou in CURVE_THRESHOLDS.items()
         }
     return {"recall": RECALL_THRESHOLDS.tolist(), "precision": curves}
+
+
+def _mean_curve(precision: NDArray[np.float64]) -> list[float] | None:
+    measured = precision.size and not np.isnan(precision).any()
+    return precision.mean(axis=(0, 2)).tolist() if measured else None

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, Targets, collate
-from pipeline.data.images import decode_image
+from pipeline.data.images import read_image, to_rgb
 from pipeline.data.transforms import as_picture, evaluation_transform
 from pipeline.data.vocabulary import Vocabulary, clean_name
 from pipeline.detectors.interface import Detector, Predictions
-from pipeline.errors import RecipeError
+from pipeline.errors import DataError, RecipeError
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.detections import Detections
 from pipeline.recipe import Recipe, Transforms
@@ -51,18 +51,16 @@ class LoadedDetector:
     ) -> list[Detections]:
         """Detections of each image, best first, exactly as the evaluation makes them.
 
-        A file is decoded as people see it; an opened image is taken as it is, in RGB. At most
-        `top_k` (query, category) pairs are kept for an image, by default as many as the evaluation
-        keeps. `image_id` is the image's place in `images`. Raises `DataError` for a file that is
-        not a readable image.
+        A file is decoded as people see it; so is an opened image, but for its EXIF orientation:
+        boxes are in its own pixels. At most `top_k` (query, category) pairs are kept for an image,
+        by default as many as the evaluation keeps. `image_id` is the image's place in `images`.
+        Raises `DataError` for what is not a readable image.
         """
         limit = self.recipe.evaluation.max_detections if top_k is None else top_k
         transforms = self.recipe.data.transforms
         results = []
         for number, image in enumerate(images):
-            if isinstance(image, str | Path):
-                image = decode_image(Path(image).read_bytes())
-            batch = evaluation_batch(image.convert("RGB"), transforms, number)
+            batch = evaluation_batch(_in_rgb(image, number), transforms, number)
             found = detect(self.detector, [batch], self.device, limit, self.vocabulary)
             results.append(_above(found, score_threshold))
         return results
@@ -102,7 +100,7 @@ def load_detector(
     """
     place = path if isinstance(path, Checkpoint) else locate_checkpoint(path)
     use_ema = place.recipe.evaluation.use_ema
-    detector, vocabulary, _ = checkpoint.load_detector(place.directory, use_ema)
+    detector, vocabulary, _ = checkpoint.load_detector(place.directory, use_ema, place.manifest)
     return LoadedDetector(detector.to(device), vocabulary, place.recipe, place.directory)
 
 
@@ -138,6 +136,14 @@ def columns_of(names: Sequence[str], vocabulary: Vocabulary) -> list[int]:
     if not names:
         raise RecipeError("no category is named; give some, or leave the choice out for all")
     return sorted({column for name in names for column in known[_plain(name)]})
+
+
+def _in_rgb(image: Image.Image | str | Path, number: int) -> Image.Image:
+    try:
+        return to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+    except DataError as error:
+        name = f"number {number}" if isinstance(image, Image.Image) else image
+        raise DataError(f"image {name}: {error}") from error
 
 
 def _above(found: Detections, score_threshold: float) -> Detections:

@@ -1,7 +1,6 @@
-"""Folders of photographs in, pictures with boxes and one json of all detections out."""
+"""Folders of photographs in, pictures with boxes and json of all detections out."""
 
 import glob
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from pipeline.data.images import EXTENSIONS, decode_image
+from pipeline.data.images import EXTENSIONS, read_image
 from pipeline.data.vocabulary import Category
-from pipeline.errors import DataError, RecipeError, StorageError
+from pipeline.errors import DataError, RecipeError
 from pipeline.evaluation.detections import Detections
-from pipeline.evaluation.pictures import LabelledBox, draw_boxes
 from pipeline.evaluation.predict import LoadedDetector, load_detector
+from pipeline.evaluation.prediction_folder import PREDICTIONS, PredictionFolder
 from pipeline.progress import Progress
 from pipeline.training.locate import Checkpoint
-from pipeline.training.manifest import read_manifest, write_atomically
+from pipeline.training.manifest import read_manifest
 
-PREDICTIONS = "predictions.json"
 IMAGE_SUFFIXES = {f".{extension}" for extension in EXTENSIONS.values()} | {".jpeg", ".jpe", ".mpo"}
 _WILDCARDS = "*?["
 
@@ -89,51 +86,42 @@ def predict_files(
     categories: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Write a picture for each image and `predictions.json` into `folder`.
+    """Write a picture for each image, `predictions.json` and `detections.json` into `folder`.
 
     Boxes there are xywh in pixels of the image as people see it (EXIF applied), rows are those of
-    a COCO result with `name` and `frequency` added. `image_id` is the number that the file is
-    named by, as in COCO, where all files are, else the place in the list from 1 on. Images that
-    cannot be read are listed. `categories` are the names to look for, all by default. `progress`
-    gets (images done, images in all). Raises `RecipeError` for an unknown name, and for a folder
-    that holds the images themselves, or files that are not predictions.
+    a COCO result, in `predictions.json` with `name` and `frequency` added. `image_id` is the number
+    that the file is named by, as in COCO, where all files are, else the place in the list from 1
+    on. Images that cannot be read are listed. What an earlier run wrote there is removed first.
+    `categories` are the names to look for, all by default. `progress` gets (images done, images in
+    all). Raises `RecipeError` for an unknown name, and for a folder that holds the images
+    themselves, or files that are not predictions; `StorageError` where it cannot be written.
     """
     if categories is not None:
         detector = detector.only(categories)
-    _refuse_folder(folder, images)
-    folder.mkdir(parents=True, exist_ok=True)
-    image_ids = _image_ids(images)
-    names = _picture_names(images)
-    best_score = 0.0
-    entries: list[dict[str, Any]] = []
-    unreadable: list[tuple[Path, str]] = []
-    for done, (path, image_id, name) in enumerate(zip(images, image_ids, names, strict=True), 1):
-        try:
-            photograph = decode_image(_read(path))
-        except DataError as error:
-            unreadable.append((path, str(error)))
-        else:
-            [found] = detector.predict([photograph], top_k=top_k)
-            best_score = max([best_score, *found.score[:1].tolist()])
-            rows = list(_rows(found, detector, image_id, score_threshold))
-            _save_picture(draw_boxes(photograph, [_labelled(row) for row in rows]), folder / name)
-            size = {"width": photograph.width, "height": photograph.height}
-            head = {"file": str(path), "picture": name, "image_id": image_id}
-            entries.append({**head, **size, "detections": rows})
-        if progress is not None:
-            progress(done, len(images))
-    tree = {
+    head = {
         "checkpoint": str(detector.directory),
         "step": read_manifest(detector.directory).step,
         "score_threshold": score_threshold,
         "top_k": top_k,
         "categories": None if categories is None else detector.vocabulary.names,
-        "images": entries,
-        "unreadable": [{"file": str(path), "reason": reason} for path, reason in unreadable],
     }
-    write_atomically(folder / PREDICTIONS, json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    num_detections = sum(len(entry["detections"]) for entry in entries)
-    return Summary(folder, len(entries), num_detections, best_score, unreadable)
+    output = PredictionFolder(folder, head, images)
+    best_score = 0.0
+    for done, place in enumerate(output.places, 1):
+        try:
+            photograph = read_image(place.file)
+        except DataError as error:
+            output.leave_out(place, str(error))
+        else:
+            [found] = detector.predict([photograph], top_k=top_k)
+            best_score = max([best_score, *found.score[:1].tolist()])
+            rows = list(_rows(found, detector, place.image_id, score_threshold))
+            output.add(place, photograph, rows)
+        if progress is not None:
+            progress(done, len(images))
+    output.finish()
+    num_detections = sum(len(entry["detections"]) for entry in output.entries)
+    return Summary(folder, len(output.entries), num_detections, best_score, output.unreadable)
 
 
 def predict_stage(
@@ -173,9 +161,8 @@ def predict_stage(
             progress=progress.update,
         )
     print(
-        f"{summary.num_images:,} {'image' if summary.num_images == 1 else 'images'}, "
-        f"{summary.num_detections:,} detections with score {score_threshold:g} or more: "
-        f"{folder / PREDICTIONS}"
+        f"{_counted(summary.num_images, 'image')}, {_counted(summary.num_detections, 'detection')} "
+        f"with score {score_threshold:g} or more: {folder / PREDICTIONS}"
     )
     if summary.num_images and not summary.num_detections:
         print(f"the best score was {summary.best_score:.3f}; see more with --score-threshold")
@@ -184,8 +171,8 @@ def predict_stage(
         more = len(summary.unreadable) - 10
         listed += f"; and {more} more, all listed in {folder / PREDICTIONS}" if more > 0 else ""
         raise DataError(
-            f"{len(summary.unreadable)} of {len(found.images)} images could not be read and were "
-            f"left out ({listed}); the others are in {folder}"
+            f"{len(summary.unreadable)} of {_counted(len(found.images), 'image')} could not be "
+            f"read ({listed}); all others are in {folder}"
         )
 
 
@@ -207,67 +194,13 @@ def _rows(
         }
 
 
-def _labelled(row: dict[str, Any]) -> LabelledBox:
-    x, y, width, height = row["bbox"]
-    return LabelledBox(row["name"], row["frequency"], row["score"], (x, y, width, height))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"the file cannot be read ({error.strerror or error})") from error
-
-
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    try:
-        picture.save(path, format="JPEG", quality=90)
-    except OSError as error:
-        raise StorageError(f"picture {path} could not be written: {error}") from error
-
-
-def _refuse_folder(folder: Path, images: Sequence[Path]) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"-o {folder} is a file; name a folder for the pictures")
-    if any(path.resolve().parent == folder.resolve() for path in images):
-        raise RecipeError(
-            f"-o {folder} holds images that are looked at, which pictures would replace; name "
-            "another folder"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PREDICTIONS).exists():
-        raise RecipeError(
-            f"-o {folder} holds files and no {PREDICTIONS}, so it is not a folder of predictions; "
-            "name a new folder"
-        )
-
-
-def _image_ids(images: Sequence[Path]) -> list[int]:
-    """Numbers that the files are named by, where all are and they differ; else 1, 2, 3, ..."""
-    stems = [path.stem for path in images]
-    numbers = [int(stem) for stem in stems if stem.isdecimal() and stem.isascii()]
-    if len(set(numbers)) == len(images) and max(numbers) < 2**63:
-        return numbers
-    return list(range(1, len(images) + 1))
-
-
-def _picture_names(images: Sequence[Path]) -> list[str]:
-    """`STEM.jpg` for each, with a number where another image has the same."""
-    stems = {path.stem.casefold() for path in images}
-    names: list[str] = []
-    taken: set[str] = set()
-    for path in images:
-        stem, number = path.stem, 1
-        while stem.casefold() in taken or (number > 1 and stem.casefold() in stems):
-            number += 1
-            stem = f"{path.stem}_{number}"
-        taken.add(stem.casefold())
-        names.append(f"{stem}.jpg")
-    return names
-
-
 def _left_out(inside: Sequence[Path]) -> str:
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in inside)
     others = [(name, count) for name, count in suffixes.items() if name not in IMAGE_SUFFIXES]
     total = sum(count for _, count in others)
     listed = ", ".join(name for name, _ in sorted(others)[:6])
-    return f"{total} {'file' if total == 1 else 'files'} ({listed})"
+    return f"{_counted(total, 'file')} ({listed})"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,9 +1,8 @@
-"""From detections to the figures that a run is judged by, on disk and as a table."""
+"""From detections to the figures that a run is judged by, and these on disk."""
 
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.storage import publish_bytes
 from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections
+from pipeline.evaluation.entries import positions
 from pipeline.evaluation.federated_ap import (
     FIXED,
     LVIS,
@@ -31,7 +32,7 @@ from pipeline.evaluation.ground_truth import (
     parse_ground_truth,
 )
 from pipeline.evaluation.matching import Matches, match
-from pipeline.evaluation.operating import operating_point, precision_recall
+from pipeline.evaluation.operating import judge, operating_point, precision_recall
 
 PROTOCOLS = (LVIS, LVIS_1000, FIXED)
 """All that are counted in one pass; the first is the LVIS challenge's and the default."""
@@ -49,24 +50,34 @@ def evaluate_detections(
     train_image_counts: Mapping[int, int] | None = None,
     protocol: Protocol = LVIS,
     score_threshold: float | None = None,
+    images: NDArray[np.int64] | None = None,
 ) -> Results:
     """LVIS box AP of `detections`, overall and by category.
 
     `vocabulary` is the detector's; its categories must mean the same as the annotations'.
     `train_image_counts` (category id -> training images) go into the per-category rows; without
     them, the counts that the annotations state. Only the images that the detector saw are
-    evaluated (`detections.images`). `protocol` is that of the figures on the top level; those of
+    evaluated (`detections.images`), and of these only `images` where given; counts say how many
+    detections lie elsewhere. `protocol` is that of the figures on the top level; those of
     all of `PROTOCOLS` are under "protocols". `score_threshold` is that of the operating point.
     Raises `DataError` for files that cannot be evaluated.
     """
     truth = read_ground_truth(ground_truth)
     if vocabulary is not None:
         check_vocabulary(truth, vocabulary)
-    num_annotated = len(truth.image_ids)
+    num_annotated, num_given = len(truth.image_ids), len(detections)
+    if images is not None:
+        positions(truth.image_ids, detections.image_id, "image", detections.origin)
+        detections = detections.on_images(images)
     if detections.images is not None:
         truth = truth.subset(detections.images)
     matches = match(truth, detections)
-    return summarize(truth, matches, num_annotated, train_image_counts, protocol, score_threshold)
+    results = summarize(
+        truth, matches, num_annotated, train_image_counts, protocol, score_threshold
+    )
+    results["counts"]["detections"] = num_given
+    results["counts"]["detections_elsewhere"] = num_given - matches.given
+    return results
 
 
 def summarize(
@@ -82,21 +93,22 @@ def summarize(
     figures = accumulate(matches, keep)
     labelled = {}
     for other in PROTOCOLS:
-        same = other == protocol or np.array_equal(kept(matches, other), keep)
-        other_figures = figures if same else accumulate(matches, kept(matches, other))
+        other_keep = keep if other == protocol else kept(matches, other)
+        same = np.array_equal(other_keep, keep)
+        other_figures = figures if same else accumulate(matches, other_keep)
         labelled[other.name] = {
             "protocol": _sentence(other, matches, num_annotated),
             **_summary(other_figures, truth, other),
         }
     groups = {"all": np.arange(truth.num_categories), **_columns_by_frequency(truth)}
-    point = operating_point(matches, keep, score_threshold)
+    point = operating_point(judge(matches, keep), score_threshold)
     return {
         "protocol": _sentence(protocol, matches, num_annotated),
         **_summary(figures, truth, protocol),
         "protocols": labelled,
         "operating_point": None if point is None else point.to_json(),
         "counts": _counts(truth, matches, keep, protocol, num_annotated),
-        "curves": precision_recall(figures, groups),
+        "curves": precision_recall(figures.curves, groups),
         "per_category": _per_category(figures, truth, matches, keep, train_image_counts),
     }
 
@@ -176,6 +188,7 @@ def _counts(
             **{frequency: groups.count(frequency) for frequency in "rcf"},
         },
         "detections": matches.given,
+        "detections_elsewhere": 0,
         "detections_over_limit": over_limit(matches, protocol),
         "detections_counted": int(keep.sum()),
     }
@@ -218,18 +231,20 @@ def _per_category(
     return rows
 
 
-def evaluation_dir(run_dir: Path, step: int) -> Path:
-    """Where the evaluation of one step lives."""
-    return Path(run_dir) / "evaluations" / f"step_{step:08d}"
+def evaluation_dir(run_dir: Path, step: int, *, subset: bool = False) -> Path:
+    """Where the evaluation of one step lives; one on a subset of the images has its own place."""
+    return Path(run_dir) / "evaluations" / f"step_{step:08d}{'_subset' if subset else ''}"
 
 
-def write_results(run_dir: Path, step: int, results: Results, detections: Detections) -> Path:
-    """Publish an evaluation and make it the run's last one; returns its directory.
+def write_results(
+    run_dir: Path, step: int, results: Results, detections: Detections, *, subset: bool = False
+) -> Path:
+    """Publish an evaluation; returns its directory. On all images it becomes the run's last one.
 
     Writes detections.json, per_category.csv, curves.json and last results.json, each complete or
     not at all.
     """
-    folder = evaluation_dir(run_dir, step)
+    folder = evaluation_dir(run_dir, step, subset=subset)
     folder.mkdir(parents=True, exist_ok=True)
     detections.save(folder / "detections.json")
     rows = results["per_category"]
@@ -237,80 +252,22 @@ def write_results(run_dir: Path, step: int, results: Results, detections: Detect
     writer = csv.DictWriter(table, fieldnames=list(rows[0]) if rows else ["category_id"])
     writer.writeheader()
     writer.writerows(rows)
-    _publish(folder / "per_category.csv", table.getvalue())
-    if results["curves"] is not None:
-        _publish(folder / "curves.json", json.dumps(results["curves"], allow_nan=False) + "\n")
+    publish_bytes(str(folder / "per_category.csv"), table.getvalue().encode())
+    curves = json.dumps(results["curves"], allow_nan=False) + "\n"
+    publish_bytes(str(folder / "curves.json"), curves.encode())
     text = _to_json(results | {"step": step})
-    _publish(folder / "results.json", text)
-    _publish(Path(run_dir) / "results.json", text)
+    publish_bytes(str(folder / "results.json"), text)
+    if not subset:
+        publish_bytes(str(Path(run_dir) / "results.json"), text)
     return folder
 
 
 def save_results(path: Path, results: Results) -> None:
     """Write everything that was measured as json, complete or not at all."""
-    _publish(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    publish_bytes(str(path), (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _to_json(results: Results) -> str:
+def _to_json(results: Results) -> bytes:
     apart = ("per_category", "curves")
     figures = {key: value for key, value in results.items() if key not in apart}
-    return json.dumps(figures, indent=2, allow_nan=False) + "\n"
-
-
-def _publish(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def format_table(results: Results) -> str:
-    """The protocol line, the nine figures in aligned columns, and what they were counted on.
-
-    Other protocols follow where their figures are others: they have rows of their own, named.
-    """
-    counts = results["counts"]
-    groups = counts["categories_with_ground_truth"]
-    frequencies = ""
-    if any(groups[frequency] for frequency in "rcf"):
-        frequencies = f" ({groups['r']:,} rare, {groups['c']:,} common, {groups['f']:,} frequent)"
-    lines = [
-        results["protocol"],
-        "".join(f"{key:>8}" for key in AP_KEYS),
-        _row(results),
-        f"{counts['instances']:,} boxes of {groups['all']:,} categories{frequencies}; "
-        f"{counts['detections']:,} detections, {counts['detections_over_limit']:,} beyond the "
-        f"limit, {counts['detections_counted']:,} in categories that count",
-    ]
-    for other in (results.get("protocols") or {}).values():
-        if _row(other) != _row(results):
-            lines += [other["protocol"], _row(other)]
-    point = results.get("operating_point")
-    if point is not None:
-        precision, recall, iou = (
-            format_fraction(point[key]) for key in ("precision", "recall", "mean_iou")
-        )
-        lines.append(
-            f"at score {point['score_threshold']:.3f} and IoU {point['iou_threshold']:.2f}: "
-            f"precision {precision}, recall {recall}, mean IoU of the true positives {iou}"
-        )
-    return "\n".join(lines)
-
-
-def _row(figures: Mapping[str, Any]) -> str:
-    return "".join(f"{format_fraction(figures[key]):>8}" for key in AP_KEYS)
-
-
-def format_fraction(value: float | None) -> str:
-    """Four decimals, or a dash where the figure is undefined."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def format_comparison(results: Results, official: Mapping[str, float | None]) -> str:
-    """Our figures beside the official package's, with their differences."""
-    lines = [f"{'':>8}{'ours':>10}{'official':>10}{'difference':>12}"]
-    for key in (key for key in official if key in results):
-        ours, theirs = results[key], official[key]
-        difference = "-" if ours is None or theirs is None else f"{ours - theirs:.1e}"
-        figures = f"{format_fraction(ours):>10}{format_fraction(theirs):>10}"
-        lines.append(f"{key:>8}{figures}{difference:>12}")
-    return "\n".join(lines)
+    return (json.dumps(figures, indent=2, allow_nan=False) + "\n").encode()

@@ -65,7 +65,7 @@ def _groups(run: RunData) -> str:
     )
     filled = {one.style.split()[0] for one in series}
     shown = [(key, style) for key, style in (*GROUPS[1:], GROUPS[0]) if style in filled]
-    apart = [label for label, _ in groups[1:]]
+    apart = [label for label, events in groups[1:] if any(points(events, k) for k, _ in GROUPS)]
     shown += [(label, "plain hollow") for label in apart]
     text = note("Hollow: other images or another protocol, not comparable.")
     return figure(title, legend(shown), text if apart else "", chart)

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 from pipeline.report.charts import Mark, scatter_chart
 from pipeline.report.elements import (
+    breakable,
     count,
     figure,
     fraction,
@@ -15,7 +15,8 @@ from pipeline.report.elements import (
     section,
     table,
 )
-from pipeline.report.run_data import CategoryRow, Evaluation, RunData, subset_of
+from pipeline.report.run_data import RunData, subset_of
+from pipeline.report.stored import CategoryRow, Evaluation
 
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 _LISTED = 20
@@ -121,7 +122,7 @@ def _extremes(rows: Sequence[CategoryRow]) -> str:
 def _list_categories(title: str, rows: Sequence[CategoryRow]) -> str:
     cells = [
         [
-            escape(row.name),
+            breakable(row.name),
             count(row.train_images),
             f"{row.instances:,}",
             f'<span class="meter {FREQUENCIES.get(row.frequency, "plain")}" '

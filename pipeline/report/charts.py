@@ -3,6 +3,8 @@
 Colours and fonts come from classes that the page's style sheet defines, so that light and dark
 follow the reader's setting. What a mark stands for is in its `<title>`; the page's script shows the
 same words beside the pointer, for lines out of `data-at`, one entry for each point of the line.
+A line of many points shows some of them, as they are; only where a chart asks for it, as losses do,
+are neighbours averaged, and then the words say from where to where.
 """
 
 import math
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.report.scales import Point, Scale, format_number, round_step, thin
+from pipeline.report.scales import Point, Scale, format_number, grouped, round_step, sampled
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 42
 _TITLED_POINTS = 24
@@ -46,12 +48,15 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     dots: bool = False,
     log: bool = False,
+    averaged: bool = False,
 ) -> str:
     """Lines over steps, or over what `axis_titles` says.
 
-    The y axis starts at 0; with `log` it is logarithmic where values differ 30 times and more.
+    The y axis starts at 0; with `log` it is logarithmic where values differ 30 times and more. With
+    `averaged`, points of a long line are means of neighbours, which those of an AP must never be.
     """
-    drawn = [Series(one.name, one.style, thin(one.points)) for one in series if one.points]
+    assert not (dots and averaged)
+    drawn = [_drawn(one, axis_titles[0], averaged) for one in series if one.points]
     if not drawn:
         return ""
     x_values = [x for one in series for x, _ in one.points]
@@ -59,7 +64,7 @@ def line_chart(
     x_scale = Scale(low, high, _LEFT, size[0] - _RIGHT)
     y_scale = _value_scale([y for one in drawn for _, y in one.points], size[1], y_range, log)
     parts = [_axes(x_scale, y_scale, size, axis_titles)]
-    parts += [_line(one, axis_titles[0], (x_scale, y_scale), dots) for one in drawn]
+    parts += [_line(one, (x_scale, y_scale), dots) for one in drawn]
     return _svg(size, title, parts)
 
 
@@ -78,25 +83,50 @@ def _value_scale(
     return Scale(step * math.floor(low / step), top, start, end)
 
 
-def _line(series: Series, x_title: str, scales: tuple[Scale, Scale], dots: bool) -> str:
-    name = escape(series.name)
-    shown = [
-        (format_number(round(x) if x_title == "step" else x), format_number(y))
-        for x, y in series.points
-    ]
-    places = [(scales[0](x), scales[1](y)) for x, y in series.points]
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """The points of a series that are drawn, and what the words say of each: at what, where."""
+
+    name: str
+    style: str
+    points: Sequence[Point]
+    at: str
+    where: Sequence[str]
+
+
+def _drawn(series: Series, x_title: str, averaged: bool) -> _Line:
+    def said(x: float) -> str:
+        return format_number(round(x) if x_title == "step" else x)
+
+    groups = grouped(series.points)
+    if averaged and len(groups) < len(series.points):
+        means = [
+            (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+            for group in groups
+        ]
+        where = [f"{said(group[0][0])} to {said(group[-1][0])}" for group in groups]
+        return _Line(series.name, series.style, means, f"mean of {x_title}s", where)
+    points = sampled(series.points)
+    return _Line(series.name, series.style, points, x_title, [said(x) for x, _ in points])
+
+
+def _line(line: _Line, scales: tuple[Scale, Scale], dots: bool) -> str:
+    name, title = escape(line.name), escape(line.at)
+    values = [format_number(y) for _, y in line.points]
+    places = [(scales[0](x), scales[1](y)) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    at = ";".join(f"{x}|{y}" for x, y in shown)
+    at = ";".join(f"{x}|{y}" for x, y in zip(line.where, values, strict=True))
     parts = [
-        f'<polyline class="line {series.style}" points="{path}" data-x="{escape(x_title)}" '
+        f'<polyline class="line {line.style}" points="{path}" data-x="{title}" '
         f'data-at="{at}"><title>{name}</title></polyline>'
     ]
     every = 1 if dots else max(1, len(places) // _TITLED_POINTS)
     kind = "dot" if dots or len(places) == 1 else "hover"
-    for (x_text, y_text), (x, y) in list(zip(shown, places, strict=True))[::every]:
+    marks = list(zip(line.where, values, places, strict=True))
+    for where, value, (x, y) in marks[::every]:
         parts.append(
-            f'<circle class="{kind} {series.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
-            f"<title>{name}, {escape(x_title)} {x_text}: {y_text}</title></circle>"
+            f'<circle class="{kind} {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+            f"<title>{name}, {title} {where}: {value}</title></circle>"
         )
     return "".join(parts)
 

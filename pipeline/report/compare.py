@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from pipeline.errors import StorageError
 from pipeline.report.compare_categories import category_sections
 from pipeline.report.compare_curves import curves_section
 from pipeline.report.compare_recipes import differences_cell, recipe_differences
-from pipeline.report.compared import Compared, read_runs
+from pipeline.report.compared import DISTINCT, Compared, read_runs
 from pipeline.report.document import document, publish
 from pipeline.report.elements import (
     DASH,
+    breakable,
     difference,
     duration,
     fraction,
@@ -31,10 +31,9 @@ _COLUMNS = ("AP", "AP50", "APr", "APc", "APf")
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
     """Write one page about all `run_dirs`, the first being the reference; returns `path`.
 
-    Raises `DataError` where a directory holds no run, `StorageError` where `path` is a folder.
+    Raises `DataError` where a directory holds no run, `StorageError` where `path` cannot be
+    written.
     """
-    if path.is_dir():
-        raise StorageError(f"{path} is a folder; name the file that the comparison goes to")
     return publish(path, render_comparison(read_runs(run_dirs)))
 
 
@@ -43,6 +42,11 @@ def render_comparison(runs: Sequence[Compared]) -> str:
     first = runs[0]
     name = "Comparison of " + (f"{len(runs)} runs" if len(runs) > 1 else first.label)
     shown = legend([(one.label, one.style) for one in runs])
+    if len(runs) > DISTINCT:
+        shown += note(
+            f"Colours and dashes repeat after {DISTINCT} runs, which are therefore numbered; the "
+            "words beside the pointer say whose a line is."
+        )
     notes = "".join(note(f"{one.label}: {text}") for one in runs for text in one.run.notes)
     return document(
         name,
@@ -127,9 +131,8 @@ def _measured(runs: Sequence[Compared]) -> str:
 
 
 def _name(one: Compared) -> str:
-    # Long names break after a low line and not before the dot.
-    label = escape(one.label).replace("_", "_<wbr>")
-    return f'<span class="named"><i class="run {one.style}"></i><span>{label}</span></span>'
+    label = f"<span>{breakable(one.label)}</span>"
+    return f'<span class="named"><i class="run {one.style}"></i>{label}</span>'
 
 
 def _table(runs: Sequence[Compared]) -> str:
@@ -138,7 +141,7 @@ def _table(runs: Sequence[Compared]) -> str:
     heads = ["run", "different from the first in", *column_heads(_COLUMNS)]
     rows = []
     for one in runs:
-        samples = sum(samples_by_source(one.run.steps).values())
+        samples = sum(samples_by_source(one.run)[1].values())
         seconds = training_seconds(one.run.steps)
         figures = []
         for key in _COLUMNS:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from pipeline.report.categories import (
     FREQUENCIES,
@@ -15,6 +14,7 @@ from pipeline.report.categories import (
 from pipeline.report.charts import Mark, scatter_chart
 from pipeline.report.compared import Compared
 from pipeline.report.elements import (
+    breakable,
     count,
     difference,
     figure,
@@ -25,7 +25,7 @@ from pipeline.report.elements import (
     section,
     table,
 )
-from pipeline.report.run_data import CategoryRow
+from pipeline.report.stored import CategoryRow
 
 _LISTED = 20
 
@@ -153,7 +153,7 @@ def _extremes(changes: Sequence[Change], group: str, name: str) -> str:
 def _list_changes(title: str, style: str, changes: Sequence[Change]) -> str:
     rows = [
         [
-            f'<span class="{style}">{escape(one.row.name)}</span>',
+            f'<span class="{style}">{breakable(one.row.name)}</span>',
             count(one.row.train_images),
             fraction(one.before),
             fraction(one.after),

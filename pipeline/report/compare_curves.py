@@ -39,23 +39,27 @@ def curves_section(runs: Sequence[Compared]) -> str:
     if losses:
         text = (
             "Terms are as weighted by each run's recipe, so that losses of runs with different "
-            "weights or terms differ by them; curves are averaged over neighbouring steps."
+            "weights or terms differ by them; points of long curves are means of neighbouring "
+            "steps, which the words beside the pointer name."
         )
         parts.append(section("Losses over steps", note(text), losses))
     return "".join(parts)
 
 
 def _accuracy(runs: Sequence[Compared], key: str, title: str) -> str:
-    series = []
+    series: list[Series] = []
+    shown = []
     for one in runs:
+        before = len(series)
         for label, events in comparable_curves(one.run.curve):
             apart = bool(label or one.obstacles)
             name = f"{one.label}, {label}" if label else one.label
             values = points(events, key)
             if values:
                 series.append(Series(name, one.style + (" hollow" if apart else ""), values))
+        if len(series) > before:
+            shown.append((one.label, one.style + (" hollow" if one.obstacles else "")))
     chart = line_chart(series, f"{title} over steps", y_range=(0.0, top_of(series)), dots=True)
-    shown = [(one.label, one.style + (" hollow" if one.obstacles else "")) for one in runs]
     return figure(title, legend(shown), chart)
 
 
@@ -67,4 +71,5 @@ def _loss(runs: Sequence[Compared], key: str, title: str) -> str:
         if any(value for _, value in values)
     ]
     shown = legend([(one.name, one.style) for one in series])
-    return figure(title, shown, line_chart(series, f"{title} over steps", log=True))
+    chart = line_chart(series, f"{title} over steps", log=True, averaged=True)
+    return figure(title, shown, chart)

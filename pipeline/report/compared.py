@@ -8,7 +8,10 @@ from pathlib import Path
 from pipeline.report.headline import protocol_of
 from pipeline.report.run_data import Event, RunData, read_run, subset_of
 
-_STYLES = ("c1", "c2", "c3", "c4", "c5", "c6")
+_COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
+_STYLES = (*_COLOURS, *(f"{colour} dashed" for colour in _COLOURS))
+DISTINCT = len(_STYLES)
+"""More runs than that share colours and dashes, and carry a number in front of their names."""
 _GIVEN = re.compile(r" \(at most [\d,]+ per image were given\)")
 """How many detections there were is a fact of the detector and not of the protocol."""
 _IMAGES = re.compile(r", [\d,]+(?: of [\d,]+)? images$")
@@ -33,10 +36,12 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Compared]:
     """Read runs in order; raises `DataError` for a directory that holds none."""
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
     labels = _labels(run_dirs, runs)
+    if len(runs) > DISTINCT:
+        labels = [f"{place}. {label}" for place, label in enumerate(labels, start=1)]
     return [
         Compared(
             label=labels[place],
-            style=_STYLES[place % len(_STYLES)] + (" dashed" if place >= len(_STYLES) else ""),
+            style=_STYLES[place % DISTINCT],
             run=run,
             obstacles=[] if place == 0 else obstacles(runs[0], run),
         )
@@ -82,6 +87,9 @@ def obstacles(first: RunData, other: RunData) -> list[str]:
         ours, theirs = _count(other.result, key), _count(first.result, key)
         if ours != theirs:
             reasons.append(f"evaluated on {_said(ours)} {name}, the first on {_said(theirs)}")
+    digests = {result.get("ground_truth") for result in (first.result, other.result)} - {None}
+    if len(digests) > 1 and not reasons:
+        reasons.append("evaluated on other images or annotations than the first, as many of them")
     return reasons
 
 

@@ -13,16 +13,16 @@ _GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
 
 def consumed_section(run: RunData) -> str:
     """Samples of each source and boxes of each frequency group, by evaluation; newest first."""
-    events = [event for event in reversed(run.curve) if _part(event, "samples")]
+    events = [event for event in reversed(run.curve) if consumed_part(event, "samples")]
     if not events:
         return ""
-    sources = sorted({source for event in events for source in _part(event, "samples")})
+    sources = sorted({source for event in events for source in consumed_part(event, "samples")})
     heads = ["step", "AP", "APr"]
     cells = column_heads(heads) + [escape(source) for source in sources] + ["all samples"]
     cells += [f'<span class="{name}">{name} boxes</span>' for name in _GROUPS.values()]
     rows = []
     for event in events:
-        samples, instances = _part(event, "samples"), _part(event, "instances")
+        samples, instances = consumed_part(event, "samples"), consumed_part(event, "instances")
         subset = subset_of(event)
         mark = f' <span class="subset">{escape(subset)}</span>' if subset else ""
         rows.append(
@@ -38,7 +38,8 @@ def consumed_section(run: RunData) -> str:
     return section("Consumed", note(text), table(cells, rows, "steps"))
 
 
-def _part(event: Event, name: str) -> Mapping[str, Any]:
+def consumed_part(event: Event, name: str) -> Mapping[str, Any]:
+    """`samples` by source or `instances` by frequency group; empty where a line has none."""
     consumed = event.get("consumed")
     part = consumed.get(name) if isinstance(consumed, Mapping) else None
     return part if isinstance(part, Mapping) else {}

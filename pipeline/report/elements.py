@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 _LARGEST = 1e100
+_MOST = 10**12
 DASH = "\u2013"
 
 
@@ -66,6 +67,11 @@ def mark_legend(entries: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
+def breakable(name: str) -> str:
+    """A name as HTML; a long one breaks after a low line rather than inside a word."""
+    return escape(name).replace("_", "_<wbr>")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
     """A table of HTML cells; the first column is text, the others are numbers."""
     header = "".join(f"<th>{cell}</th>" for cell in head)
@@ -81,6 +87,13 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < _LARGEST else None
+
+
+def whole(value: object) -> int | None:
+    """A count, step or id, from 0 to 10^12, or None for whatever else stands in a file."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value <= _MOST else None
 
 
 def fraction(value: object) -> str:

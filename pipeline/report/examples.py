@@ -1,81 +1,140 @@
 """Validation photographs with their ground truth and the detections on them."""
 
+from collections import Counter
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from pipeline.report.elements import section
-from pipeline.report.run_data import Example, RunData
+from pipeline.data.vocabulary import clean_name
+from pipeline.evaluation.labels import (
+    Label,
+    Rectangle,
+    Size,
+    canvas_size,
+    frame_on,
+    overlap,
+    place_label,
+)
+from pipeline.report.elements import note, section
+from pipeline.report.run_data import RunData, subset_of
+from pipeline.report.stored import Example, ExampleBox
 
 _ROW_HEIGHT = 230
 _LABELLED = 6
-"""So many of the best detections carry a label, and all rare ones; the rest show it on hover."""
+"""So many of the best detections carry their names, and all rare ones."""
+_TEXT_SHARE = 23
+"""Text is this part of a picture's height, so that it can be read at the height of a row."""
+_LISTED = 12
 
 
 def examples_section(run: RunData) -> str:
-    """A grid of the last evaluation's example pictures."""
-    examples = run.evaluations[-1].examples if run.evaluations else []
-    if not examples:
+    """A grid of example pictures, of the evaluation that the page shows."""
+    shown = run.shown
+    if shown is None or not shown.examples:
         return ""
-    note = (
-        '<p class="note">Dashed: ground truth. Solid: detections, as many as there are '
-        "ground-truth boxes, best first, of overlapping ones the best. "
-        '<span class="rare">Red: rare categories.</span> Names of all boxes show on hover.</p>'
+    subset = subset_of(shown.results)
+    seen = note(f"Evaluation at step {shown.step:,}{f', {subset}' if subset else ''}.")
+    key = (
+        '<p class="note">Dashed: ground truth, named below. Solid: detections, as many as there '
+        "are ground-truth boxes, of overlapping ones the best; names and scores of rare ones and "
+        f"of the best {_LABELLED}, where there is room for them. "
+        '<span class="rare">Red: rare categories.</span> All names show on hover.</p>'
     )
-    pictures = "".join(_picture(example) for example in examples)
-    return section("Examples", note, f'<div class="pictures">{pictures}</div>')
+    pictures = "".join(_picture(example) for example in shown.examples)
+    return section("Examples", seen, key, f'<div class="pictures">{pictures}</div>')
 
 
 def _picture(example: Example) -> str:
-    width, height = example.width, example.height
-    unit = height / 68
-    truth = "".join(_truth(box, unit) for box in example.ground_truth)
-    found = "".join(
-        _detection(box, unit, width, place < _LABELLED or box["frequency"] == "r")
-        for place, box in reversed(list(enumerate(example.detections)))
+    size = example.width, example.height
+    canvas = canvas_size(size)
+    unit = canvas[1] / 68
+    truth = "".join(
+        _truth(box, frame_on(canvas, box.bbox, size), unit) for box in example.ground_truth
     )
-    rare = sorted({box["name"] for box in example.ground_truth if box["frequency"] == "r"})
-    count = len(example.ground_truth)
-    caption = f"Image {example.image_id}, {count} {'box' if count == 1 else 'boxes'}"
-    if rare:
-        caption += f'; rare: <span class="rare">{escape(", ".join(rare))}</span>'
-    ratio = width / height
+    frames = [frame_on(canvas, box.bbox, size) for box in example.detections]
+    found = "".join(
+        _detection(box, frame, unit)
+        for box, frame in reversed(list(zip(example.detections, frames, strict=True)))
+    )
+    names = "".join(_name(*one) for one in _labels(example.detections, frames, canvas))
+    ratio = size[0] / size[1]
     return (
         f'<figure style="flex:{ratio:.3f} 1 {ratio * _ROW_HEIGHT:.0f}px">'
-        f'<svg viewBox="0 0 {width} {height}" role="img" '
+        f'<svg viewBox="0 0 {canvas[0]} {canvas[1]}" role="img" '
         f'aria-label="image {example.image_id} with boxes">'
-        f'<image href="{example.url}" width="{width}" height="{height}"/>{truth}{found}</svg>'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<image href="{example.url}" width="{canvas[0]}" height="{canvas[1]}" '
+        f'preserveAspectRatio="none"/>{truth}{found}{names}</svg>'
+        f"<figcaption>{_caption(example)}</figcaption></figure>"
     )
 
 
-def _frame(box: dict[str, Any]) -> str:
-    x, y, width, height = (float(value) for value in box["bbox"])
-    return f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+def _caption(example: Example) -> str:
+    """Which image, and what is on it: rare categories first, then those with most boxes."""
+    count = len(example.ground_truth)
+    caption = f"Image {example.image_id}, {count} {'box' if count == 1 else 'boxes'}"
+    times = Counter((not box.is_rare, clean_name(box.name)) for box in example.ground_truth)
+    order = sorted(times, key=lambda one: (one[0], -times[one], one[1]))
+    words = [
+        (escape(name) if common else f'<span class="rare">{escape(name)}</span>')
+        + (f" x {times[common, name]}" if times[common, name] > 1 else "")
+        for common, name in order
+    ]
+    if len(words) > _LISTED:
+        words[_LISTED:] = [f"and {len(words) - _LISTED} other categories"]
+    return f"{caption}: {', '.join(words)}" if words else caption
 
 
-def _truth(box: dict[str, Any], unit: float) -> str:
-    style = "truth rare" if box["frequency"] == "r" else "truth"
+def _labels(
+    boxes: Sequence[ExampleBox], frames: Sequence[Rectangle], canvas: Size
+) -> list[tuple[ExampleBox, Label]]:
+    """Names of the rare detections, then of the best, each off those before it and inside."""
+    order = sorted(range(len(boxes)), key=lambda place: (not boxes[place].is_rare, place))
+    text_size = round(canvas[1] / _TEXT_SHARE)
+    labels: list[tuple[ExampleBox, Label]] = []
+    for place in order:
+        box, taken = boxes[place], [label.plate for _, label in labels]
+        if not box.is_rare and place >= _LABELLED:
+            continue
+        label = place_label(
+            box.name, box.score, text_size, frame=frames[place], canvas=canvas, taken=taken
+        )
+        left, top, right, bottom = label.plate
+        inside = 0 <= left and right <= canvas[0] and 0 <= top and bottom <= canvas[1]
+        if inside and not any(overlap(label.plate, other) for other in taken):
+            labels.append((box, label))
+    return labels
+
+
+def _frame(frame: Rectangle) -> str:
+    left, top, right, bottom = frame
+    return f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
+
+
+def _truth(box: ExampleBox, frame: Rectangle, unit: float) -> str:
+    style = "truth rare" if box.is_rare else "truth"
     dash = f"stroke-dasharray:{1.4 * unit:.2f} {0.9 * unit:.2f}"
     return (
-        f'<rect class="under" {_frame(box)} style="stroke-width:{0.75 * unit:.2f}"/>'
-        f'<rect class="{style}" {_frame(box)} style="stroke-width:{0.45 * unit:.2f};{dash}">'
-        f"<title>ground truth: {escape(box['name'])}</title></rect>"
+        f'<rect class="under" {_frame(frame)} style="stroke-width:{0.75 * unit:.2f}"/>'
+        f'<rect class="{style}" {_frame(frame)} style="stroke-width:{0.45 * unit:.2f};{dash}">'
+        f"<title>ground truth: {escape(clean_name(box.name))}</title></rect>"
     )
 
 
-def _detection(box: dict[str, Any], unit: float, width: int, labelled: bool) -> str:
-    style = "found rare" if box["frequency"] == "r" else "found"
-    name, score = escape(box["name"]), float(box["score"])
-    x, y, *_ = (float(value) for value in box["bbox"])
-    size = 2.9 * unit
-    label = f"{box['name']} {score:.2f}"
-    left = max(0.0, min(x, width - 0.56 * size * len(label)))
-    top = y - 0.35 * size if y > 1.4 * size else y + size
-    text = (
-        f'<text x="{left:.1f}" y="{top:.1f}" style="font-size:{size:.1f}px;'
-        f'stroke-width:{0.22 * size:.1f}px">{escape(label)}</text>'
-    )
+def _detection(box: ExampleBox, frame: Rectangle, unit: float) -> str:
+    style = "found rare" if box.is_rare else "found"
+    words = f"{escape(clean_name(box.name))}, score {box.score:.3f}"
     return (
-        f'<g class="{style}"><rect {_frame(box)} style="stroke-width:{0.5 * unit:.2f}">'
-        f"<title>{name}, score {score:.3f}</title></rect>{text if labelled else ''}</g>"
+        f'<rect class="{style}" {_frame(frame)} style="stroke-width:{0.5 * unit:.2f}">'
+        f"<title>{words}</title></rect>"
+    )
+
+
+def _name(box: ExampleBox, label: Label) -> str:
+    """The text is told its width, because the browser's letters are not those measured with."""
+    left, top, right, bottom = label.plate
+    middle = (top + bottom) / 2 + 0.35 * label.text_size
+    return (
+        f'<g class="{"name rare" if box.is_rare else "name"}"><rect {_frame(label.plate)} rx="2"/>'
+        f'<text x="{(left + right - label.width) / 2:.1f}" y="{middle:.1f}" '
+        f'textLength="{label.width:.1f}" lengthAdjust="spacingAndGlyphs" '
+        f'style="font-size:{label.text_size}px">{escape(label.text)}</text></g>'
     )

@@ -119,7 +119,7 @@ def _protocols(result: Event) -> str:
         cells = [fraction(figures.get(key)) for key in keys]
         rows.append([f'{label}<span class="detail">{escape(sentence)}</span>', *cells])
     heads = column_heads(["protocol", "AP", "AP50", "APr", "APc", "APf"])
-    return figure("The same detections by protocol", table(heads, rows, "names"))
+    return figure("The same detections by protocol", table(heads, rows, "names by-protocol"))
 
 
 def _label(name: str) -> str:

@@ -7,7 +7,7 @@ from pipeline.report.charts import Series, line_chart
 from pipeline.report.elements import figure, legend, section
 from pipeline.report.run_data import Event, RunData, points
 
-_TERM = re.compile(r"(?P<base>.+?)(?P<denoising>_dn)?(?:_(?P<part>\d+|encoder))?")
+_TERM = re.compile(r"loss/(?P<base>.+?)(?P<denoising>_dn)?(?:_(?P<part>\d+|encoder))?", re.DOTALL)
 
 _TITLES = {
     "class": "Class",
@@ -22,19 +22,21 @@ def losses_section(run: RunData) -> str:
     if not run.steps:
         return ""
     charts = [_total(run.steps)]
-    keys = sorted({key for event in run.steps for key in event if key.startswith("loss/")})
     bases: dict[str, list[str]] = {}
-    for key in keys:
-        match = _TERM.fullmatch(key.removeprefix("loss/"))
-        assert match is not None
-        bases.setdefault(match["base"], []).append(key)
+    for key in sorted({key for event in run.steps for key in event}):
+        match = _TERM.fullmatch(key)
+        if match is not None:
+            bases.setdefault(match["base"], []).append(key)
     order = sorted(bases, key=lambda base: list(_TITLES).index(base) if base in _TITLES else 9)
     charts += [_term(run.steps, base, bases[base]) for base in order]
     charts += [
         _plain(run.steps, "learning_rate", "Learning rate"),
-        _plain(run.steps, "grad_norm", "Gradient norm"),
+        _plain(run.steps, "grad_norm", "Gradient norm", averaged=True),
     ]
-    note = "Terms are as weighted by the recipe; curves are averaged over neighbouring steps."
+    note = (
+        "Terms are as weighted by the recipe; points of long loss curves are means of neighbouring "
+        "steps, which the words beside the pointer name."
+    )
     if _streams_apart(run.steps):
         note += " Steps of the extra (image-level) stream are drawn dashed, apart from the rest."
     return section("Training", f'<p class="note">{note}</p><div class="grid2">', *charts, "</div>")
@@ -68,7 +70,7 @@ def _total(steps: Sequence[Event]) -> str:
 def _term(steps: Sequence[Event], base: str, keys: Sequence[str]) -> str:
     named: dict[str, list[Series]] = {"layers": [], "encoder": [], "denoising": [], "last": []}
     for key in keys:
-        match = _TERM.fullmatch(key.removeprefix("loss/"))
+        match = _TERM.fullmatch(key)
         assert match is not None
         if match["part"] == "encoder":
             named["encoder"] += _both_streams(steps, key, "encoder", "c3")
@@ -91,13 +93,13 @@ def _term(steps: Sequence[Event], base: str, keys: Sequence[str]) -> str:
     return _figure(_TITLES.get(base, base), series)
 
 
-def _plain(steps: Sequence[Event], key: str, title: str) -> str:
-    values = points(list(steps), key)
-    return _figure(title, [Series(title.lower(), "c1", values)], log=False)
+def _plain(steps: Sequence[Event], key: str, title: str, averaged: bool = False) -> str:
+    series = [Series(title.lower(), "c1", points(list(steps), key))]
+    return _figure(title, series, log=False, averaged=averaged)
 
 
-def _figure(title: str, series: Sequence[Series], log: bool = True) -> str:
-    chart = line_chart(series, f"{title} over steps", log=log)
+def _figure(title: str, series: Sequence[Series], log: bool = True, averaged: bool = True) -> str:
+    chart = line_chart(series, f"{title} over steps", log=log, averaged=averaged)
     # The note above explains dashes, and all earlier layers share one entry.
     entries = [
         (one.name, one.style)

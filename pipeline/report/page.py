@@ -17,14 +17,14 @@ from pipeline.report.run_data import RunData, read_run
 from pipeline.report.speed import speed_section, training_seconds
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory, out of what lies there; returns its path.
+def write_report(run_dir: Path, path: Path | None = None) -> Path:
+    """Write the page of a run to `path`, by default `report.html` in the run; returns its path.
 
     Works for a run that is still going and for one that has no evaluation. Raises `DataError`
-    where the directory holds no run.
+    where the directory holds no run, `StorageError` where the page cannot be written.
     """
     run = read_run(Path(run_dir))
-    return publish(Path(run_dir) / "report.html", render(run))
+    return publish(path or Path(run_dir) / "report.html", render(run))
 
 
 def render(run: RunData) -> str:

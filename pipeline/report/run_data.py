@@ -1,7 +1,5 @@
 """What a run directory says about its run: recipe, steps, evaluations, example pictures."""
 
-import base64
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,45 +8,10 @@ from typing import Any
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
-from pipeline.report.elements import number
+from pipeline.report.elements import number, whole
+from pipeline.report.stored import UNREADABLE, Evaluation, read_evaluation, read_mapping
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CategoryRow:
-    """One line of per_category.csv; None where a figure is undefined or not known."""
-
-    category_id: int
-    name: str
-    frequency: str
-    train_images: int | None
-    instances: int
-    ap: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A picture of the data set as a data URL, with the boxes that examples.json has for it."""
-
-    image_id: int
-    url: str
-    width: int
-    height: int
-    ground_truth: list[dict[str, Any]]
-    detections: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One directory of evaluations/."""
-
-    step: int
-    results: dict[str, Any]
-    categories: list[CategoryRow]
-    examples: list[Example]
-    curves: dict[str, Any]
-    """curves.json: precision over recall; empty where it was not written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +67,7 @@ def read_run(run_dir: Path) -> RunData:
     evaluations = [
         evaluation
         for folder in sorted(run_dir.glob("evaluations/step_*"))
-        if (evaluation := _read_evaluation(folder, notes)) is not None
+        if (evaluation := read_evaluation(folder, notes)) is not None
     ]
     recipe = _read_recipe(run_dir / "recipe.yaml", notes)
     if not events and not evaluations and recipe is None:
@@ -132,35 +95,32 @@ def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _mapping(path)
-    except (OSError, ValueError) as error:
+        return read_mapping(path)
+    except UNREADABLE as error:
         notes.append(f"environment.json could not be read ({error}).")
         return {}
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict):
-        raise ValueError(f"a mapping is expected, this is {type(tree).__name__}")
-    return tree
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Event]:
     if not path.is_file():
         notes.append("There is no metrics.jsonl yet.")
         return []
-    events, unreadable = [], 0
+    events, unreadable, without_step = [], 0, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # The last line of a run that is still going, or that was killed, may be cut off.
             unreadable += 1
             continue
-        if isinstance(event, dict) and isinstance(event.get("step"), int):
+        if isinstance(event, dict) and whole(event.get("step")) is not None:
             events.append(event)
+        else:
+            without_step += 1
     if unreadable:
         notes.append(f"Incomplete lines of metrics.jsonl that were left out: {unreadable}.")
+    if without_step:
+        notes.append(f"Lines of metrics.jsonl without a step that were left out: {without_step}.")
     return events
 
 
@@ -181,62 +141,6 @@ def _evaluation_curve(events: list[Event], evaluations: list[Evaluation]) -> lis
         key = (event["step"], subset.replace(",", "") if isinstance(subset, str) else "")
         merged[key] = {**merged.get(key, {}), **event, "event": "evaluation"}
     return [merged[key] for key in sorted(merged)]
-
-
-def _read_evaluation(folder: Path, notes: list[str]) -> Evaluation | None:
-    path = folder / "results.json"
-    if not path.is_file():
-        return None  # results.json is written last: this evaluation is still going
-    try:
-        results = _mapping(path)
-        return Evaluation(
-            step=int(results["step"]),
-            results=results,
-            categories=_read_categories(folder),
-            examples=_read_examples(folder),
-            curves=_mapping(folder / "curves.json") if (folder / "curves.json").is_file() else {},
-        )
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        notes.append(f"evaluations/{folder.name} could not be read ({error!r}).")
-        return None
-
-
-def _read_categories(folder: Path) -> list[CategoryRow]:
-    path = folder / "per_category.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            CategoryRow(
-                category_id=int(row["category_id"]),
-                name=row["name"],
-                frequency=row["frequency"],
-                train_images=int(row["train_images"]) if row["train_images"] else None,
-                instances=int(row["instances"]),
-                ap=number(float(row["AP"])) if row["AP"] else None,
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def _read_examples(folder: Path) -> list[Example]:
-    path = folder / "examples.json"
-    if not path.is_file():
-        return []
-    examples = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
-        picture = (folder / Path(entry["file"]).name).read_bytes()
-        examples.append(
-            Example(
-                image_id=int(entry["image_id"]),
-                url="data:image/jpeg;base64," + base64.b64encode(picture).decode("ascii"),
-                width=int(entry["width"]),
-                height=int(entry["height"]),
-                ground_truth=entry["ground_truth"],
-                detections=entry["detections"],
-            )
-        )
-    return examples
 
 
 def points(events: list[Event], key: str) -> list[tuple[float, float]]:

@@ -1,8 +1,9 @@
-"""Scales with readable ticks, numbers as people read them, and curves thinned for drawing."""
+"""Scales with readable ticks, numbers as people read them, and curves with fewer points to draw."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Point = tuple[float, float]
 
@@ -74,13 +75,20 @@ def format_number(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def thin(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
-    """At most `limit` points, each the mean of neighbours."""
-    size = math.ceil(len(points) / limit)
-    if size <= 1:
+def sampled(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Point]:
+    """At most `limit` of the points as they are: both ends, the lowest, the highest, every n-th."""
+    if len(points) <= limit:
         return list(points)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
-        for group in groups
-    ]
+    last, heights = len(points) - 1, [y for _, y in points]
+    kept = {round(place * last / (limit - 3)) for place in range(limit - 2)}
+    kept |= {heights.index(min(heights)), heights.index(max(heights))}
+    return [points[place] for place in sorted(kept)]
+
+
+def grouped(points: Sequence[Point], limit: int = _MAX_POINTS) -> list[Sequence[Point]]:
+    """The points as at most `limit` groups of neighbours: one each, or else two or more each."""
+    if len(points) <= limit:
+        return [[point] for point in points]
+    groups = min(limit, len(points) // 2)
+    ends = [round(place * len(points) / groups) for place in range(groups + 1)]
+    return [points[start:end] for start, end in pairwise(ends)]

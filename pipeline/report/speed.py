@@ -1,32 +1,42 @@
 """Throughput, and where the time of a step goes."""
 
+from collections import Counter
+from collections.abc import Mapping
 from html import escape
 from statistics import median
+from typing import Any
 
 from pipeline.report.charts import Series, line_chart, share_bar
-from pipeline.report.elements import duration, figure, legend, number, section, table
+from pipeline.report.consumed import consumed_part
+from pipeline.report.elements import duration, figure, legend, number, section, table, whole
 from pipeline.report.run_data import Event, RunData, points
 
-_WAITS = (("data_wait", "waiting for data", "c2"), ("teacher_wait", "waiting for teacher", "c3"))
+_WAITS = (
+    ("data_wait", "waiting for data", "c2"),
+    ("teacher_wait", "waiting for teacher", "c3"),
+    ("checkpoint_wait", "saving checkpoints", "c4"),
+    ("evaluation_wait", "waiting for evaluation", "c5"),
+)
 _MEMORY = (
-    ("memory_gb", "resident memory of a worker process", "c1"),
-    ("gpu_memory_gb", "GPU memory", "c2"),
+    ("memory_gb", "first worker, peak resident memory so far", "c1"),
+    ("gpu_memory_gb", "first worker, peak allocated GPU memory so far", "c2"),
 )
 
 
 def speed_section(run: RunData) -> str:
-    """Images a second, shares of data, teacher and compute, samples by source, memory."""
+    """Images a second, shares of waiting and of the work itself, samples by source, memory."""
     rates = points(run.steps, "images_per_second")
     if not rates and not any("seconds" in event for event in run.steps):
         return ""
-    chart = line_chart([Series("images per second", "c1", rates)], "Images per second over steps")
+    pace = [Series("images per second", "c1", rates)]
+    chart = line_chart(pace, "Images per second over steps", averaged=True)
     return section(
         "Throughput",
         _shares(run.steps),
         '<div class="grid2">',
         figure("Images per second", chart),
         _memory(run.steps),
-        _samples(run.steps),
+        _samples(run),
         "</div>",
     )
 
@@ -37,28 +47,48 @@ def training_seconds(steps: list[Event]) -> float:
 
 
 def _spent(steps: list[Event], key: str) -> float:
-    """Sum over all steps of a figure that each line states as the mean since the line before."""
+    """Sum over all steps of a figure that each line states as the mean over its `steps` steps.
+
+    Where a line does not say how many, they are those since the line before.
+    """
     total, before = 0.0, 0.0
-    for step, value in points(steps, key):
-        total += value * (step - before)
-        before = step
+    for event in steps:
+        value = number(event.get(key))
+        if value is None:
+            continue
+        stated = whole(event.get("steps"))
+        total += value * (event["step"] - before if stated is None else stated)
+        before = event["step"]
     return total
 
 
 def _shares(steps: list[Event]) -> str:
-    total = training_seconds(steps)
-    if total <= 0:
+    seconds = training_seconds(steps)
+    if seconds <= 0:
         return ""
-    parts = [(label, style, min(_spent(steps, key) / total, 1.0)) for key, label, style in _WAITS]
-    parts.insert(0, ("compute", "c1", max(0.0, 1 - sum(share for _, _, share in parts))))
+    waits = [
+        (label, style, max(0.0, _spent(steps, key)))
+        for key, label, style in _WAITS
+        if points(steps, key)
+    ]
+    waited = sum(spent for _, _, spent in waits)
+    # Waits are means over workers and seconds the first worker's: together they may be more.
+    total = max(seconds, waited)
+    work = "forward, backward, update"
+    if not points(steps, "checkpoint_wait"):
+        work += ", saving"
+    parts = [(work, "c1", total - waited), *waits]
     items = "".join(
-        f'<li><i class="{style}"></i>{label} <b>{share:.1%}</b> ({duration(share * total)})</li>'
-        for label, style, share in parts
+        f'<li><i class="{style}"></i>{label} <b>{spent / total:.1%}</b> ({duration(spent)})</li>'
+        for label, style, spent in parts
     )
     return figure(
         "Where the time goes",
         f'<ul class="legend">{items}</ul>',
-        share_bar(parts, "shares of the time of a step"),
+        share_bar(
+            [(label, style, spent / total) for label, style, spent in parts],
+            "shares of the time of a step",
+        ),
     )
 
 
@@ -73,23 +103,37 @@ def _memory(steps: list[Event]) -> str:
     return figure("Memory", shown, chart)
 
 
-def samples_by_source(steps: list[Event]) -> dict[str, int]:
-    """Samples that all logged steps together took of each source."""
-    totals: dict[str, int] = {}
-    for event in steps:
+def samples_by_source(run: RunData) -> tuple[int, dict[str, int]]:
+    """A step, and the samples that training had taken of each source up to it.
+
+    The newest count of the run itself; where it logged none, the sum of all lines.
+    """
+    counted = max(
+        (event for event in [*run.curve, *run.steps] if consumed_part(event, "samples")),
+        key=lambda event: int(event["step"]),
+        default=None,
+    )
+    if counted is not None:
+        return counted["step"], _counts(consumed_part(counted, "samples"))
+    totals: Counter[str] = Counter()
+    for event in run.steps:
         samples = event.get("samples")
-        for source, value in samples.items() if isinstance(samples, dict) else ():
-            totals[source] = totals.get(source, 0) + int(number(value) or 0)
-    return totals
+        totals.update(_counts(samples if isinstance(samples, dict) else {}))
+    return run.steps[-1]["step"] if run.steps else 0, totals
 
 
-def _samples(steps: list[Event]) -> str:
-    totals = samples_by_source(steps)
+def _counts(samples: Mapping[str, Any]) -> dict[str, int]:
+    return {source: int(number(value) or 0) for source, value in samples.items()}
+
+
+def _samples(run: RunData) -> str:
+    step, totals = samples_by_source(run)
     rows = [[escape(name), f"{count:,}"] for name, count in sorted(totals.items())]
-    rates = [value for _, value in points(steps, "images_per_second")]
+    rates = [value for _, value in points(run.steps, "images_per_second")]
     if rates:
         rows.append(["images per second, median", f"{median(rates):.1f}"])
-    times = [value for _, value in points(steps, "seconds")]
+    times = [value for _, value in points(run.steps, "seconds")]
     if times:
         rows.append(["seconds per step, median", f"{median(times):.2f}"])
-    return figure("Samples and pace", table(["samples by source", ""], rows, "names"))
+    head = [f"samples by source, up to step {step:,}", ""]
+    return figure("Samples and pace", table(head, rows, "names"))

@@ -12,7 +12,7 @@ import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,12 @@ from pipeline.data.vocabulary import Vocabulary
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_from_tree
+from pipeline.training.locate import Checkpoint
 from pipeline.training.manifest import (
+    AVERAGED,
+    DETECTOR_FILES,
+    OPTIMIZER,
+    WEIGHTS,
     Manifest,
     checkpoint_dir,
     keep_newest,
@@ -37,9 +42,6 @@ from pipeline.training.student import DETECTOR_PREFIX, export_state
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "weights.safetensors"
-AVERAGED = "averaged.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
 
 
@@ -125,7 +127,7 @@ def save(
         if state.averaged:
             _write_tensors(partial / AVERAGED, state.averaged)
 
-    publish(directory, manifest, write)
+    publish(directory, manifest, write, replace=True)
     verify(directory)
     keep_newest(recipe.run_dir, recipe.training.keep_checkpoints)
     return directory
@@ -184,11 +186,16 @@ def load_weights(directory: Path, ema: bool) -> dict[str, Tensor]:
     return export_state(weights)
 
 
-def load_detector(directory: Path, use_ema: bool) -> tuple[nn.Module, Vocabulary, Recipe]:
-    """A checkpoint's detector, in evaluation mode, with neither DeepSpeed nor teacher."""
+def load_detector(
+    directory: Path, use_ema: bool, manifest: Manifest | None = None
+) -> tuple[nn.Module, Vocabulary, Recipe]:
+    """A checkpoint's detector, in evaluation mode, with neither DeepSpeed nor teacher.
+
+    The files that it is read from are verified, unless their verified `manifest` is given.
+    """
     from pipeline.detectors import build_detector
 
-    manifest = verify(directory)
+    manifest = manifest or verify(directory, DETECTOR_FILES)
     recipe = recipe_from_tree(manifest.recipe, f"the recipe of {directory}")
     vocabulary = Vocabulary.from_json(manifest.vocabulary)
     weights = load_weights(directory, use_ema)
@@ -264,15 +271,22 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     return report
 
 
-def export_detector(directory: Path, output: Path, use_ema: bool) -> Path:
-    """Write the detector alone, as a checkpoint that `load_detector` reads, into a new folder."""
+def export_detector(found: Checkpoint, output: Path) -> Path:
+    """Write the detector alone, as a checkpoint that `load_detector` reads, into a new folder.
+
+    Its manifest holds the recipe that was asked for, so that it is used as that says.
+    """
     if output.exists():
         raise StorageError(f"{output} exists already; name a new folder")
-    manifest = verify(directory)
-    manifest.files.clear()
-    weights = {DETECTOR_PREFIX + n: t for n, t in load_weights(directory, use_ema).items()}
+    manifest = replace(
+        found.manifest,
+        recipe_hash=found.recipe.hash(),
+        recipe=found.recipe.model_dump(mode="json"),
+        files={},
+    )
+    state = load_weights(found.directory, found.recipe.evaluation.use_ema)
+    weights = {DETECTOR_PREFIX + name: tensor for name, tensor in state.items()}
     publish(output, manifest, lambda partial: _write_tensors(partial / WEIGHTS, weights))
-    verify(output)
     return output
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,15 @@ from pipeline.training.engine import (
     num_micro_batches,
     schedule_factor,
 )
-from pipeline.training.log import RunLog, Window, run_lock
+from pipeline.training.log import RunLog, run_lock
 from pipeline.training.manifest import (
+    checkpoint_dir,
     newest_verified,
     read_manifest,
     refuse_another_recipe,
     request_evaluation,
 )
+from pipeline.training.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ class Run:
 
 Evaluate = Callable[[], None]
 """Evaluates the checkpoints that wait for it, in line."""
+IN_LINE_TIMEOUT = timedelta(hours=4)
+"""How long the other ranks wait for the first while it evaluates."""
 
 
 def train(
@@ -311,9 +316,10 @@ def save_checkpoint(run: Run, progress: Progress, *, wait_for_evaluation: bool =
 
     def publish() -> None:
         assert state is not None
-        directory = save(state, progress, run.recipe, run.vocabulary, world_size)
         if wait_for_evaluation:
-            request_evaluation(directory)
+            # First, so that a kill in between leaves no checkpoint that nobody evaluates.
+            request_evaluation(checkpoint_dir(run.recipe.run_dir, progress.step))
+        save(state, progress, run.recipe, run.vocabulary, world_size)
 
     on_first_rank(publish)
 
@@ -328,7 +334,7 @@ def train_here(recipe: Recipe, evaluate: Evaluate | None = None) -> None:
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        join_process_group(device)
+        join_process_group(device, IN_LINE_TIMEOUT if recipe.evaluation.every else None)
         first = dist.get_rank() == 0
         shown = stack.enter_context(ProgressBar(f"train {recipe.name}", "steps")) if first else None
 
@@ -341,15 +347,16 @@ def train_here(recipe: Recipe, evaluate: Evaluate | None = None) -> None:
         train(recipe, device, check_in, evaluate)
 
 
-def join_process_group(device: torch.device) -> None:
+def join_process_group(device: torch.device, timeout: timedelta | None = None) -> None:
     """Join torchrun's process group, or make one of this process alone, where there is none yet.
 
-    It lives as long as the process: DeepSpeed keeps hold of the first one that it sees.
+    `timeout` is for the longest that a rank waits for another, torch's own by default. The group
+    lives as long as the process: DeepSpeed keeps hold of the first one that it sees.
     """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from pipeline.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+AVERAGED = "averaged.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+DETECTOR_FILES = (WEIGHTS, AVERAGED)
+"""All that a detector is loaded from."""
 CHECKPOINT_NAME = re.compile(r"^step_(\d{8,})$")
 
 HARMLESS_KEYS = (
@@ -30,6 +36,9 @@ HARMLESS_KEYS = (
     "data.shards",
     "data.workers",
     "data.bad_sample_budget",
+    "data.validation",
+    "data.transforms.evaluation_short_side",
+    "data.transforms.evaluation_max_side",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
@@ -97,10 +106,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise StorageError(f"{path} is damaged: {error!r}") from None
 
 
-def verify(directory: Path) -> Manifest:
-    """The manifest, after each file was found with its size and sha256; raises `StorageError`."""
+def verify(directory: Path, files: Collection[str] | None = None) -> Manifest:
+    """The manifest, after each file was found with its size and sha256; raises `StorageError`.
+
+    With `files`, those of them that the manifest names are looked at, and no others.
+    """
     manifest = read_manifest(directory)
     for name, stated in manifest.files.items():
+        if files is not None and name not in files:
+            continue
         path = directory / name
         if not path.is_file():
             raise StorageError(f"{path} is missing, and the manifest names it")
@@ -121,16 +135,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def newest_verified(run_dir: Path) -> Path | None:
+def newest_verified(run_dir: Path, files: Collection[str] | None = None) -> Path | None:
     """The newest checkpoint that verifies, or None where the run has none at all.
 
     One that does not verify is named in a warning and the next older one is taken; raises
-    `StorageError` when there are some and none verifies.
+    `StorageError` when there are some and none verifies. `files` are those of `verify`.
     """
     candidates = list_checkpoints(run_dir)
     for directory in reversed(candidates):
         try:
-            verify(directory)
+            verify(directory, files)
         except StorageError as error:
             logger.warning("checkpoint left out: %s", error)
         else:
@@ -143,32 +157,44 @@ def newest_verified(run_dir: Path) -> Path | None:
     return None
 
 
-def publish(directory: Path, manifest: Manifest, write: Callable[[Path], None]) -> None:
+def publish(
+    directory: Path,
+    manifest: Manifest,
+    write: Callable[[Path], None],
+    *,
+    replace: bool = False,
+) -> None:
     """Write a checkpoint so that it is there whole or not at all.
 
     `write` puts the files into the directory that it is given. They are flushed to disk, then the
-    manifest with their digests is written, then one rename makes the checkpoint visible.
+    manifest with their digests is written, then one rename makes the checkpoint visible. With
+    `replace` it takes the place of a checkpoint of this name. Raises `StorageError`.
     """
-    partial = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = unfinished(directory)
     try:
+        partial.mkdir(parents=True)
         write(partial)
         for path in sorted(partial.iterdir()):
             _flush(path)
             manifest.files[path.name] = file_digest(path)
         write_atomically(partial / MANIFEST, manifest.to_json())
         _flush(partial)
-        if directory.exists():
+        if replace and directory.exists():
             _discard(directory)
         partial.rename(directory)
         _flush(directory.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(
             f"checkpoint {directory} could not be written: {error}; older checkpoints are intact. "
             "Free some space and run the same command again"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def unfinished(path: Path) -> Path:
+    """A hidden name beside `path` that nothing has, for what becomes `path` when it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def keep_newest(run_dir: Path, count: int) -> None:
@@ -180,12 +206,14 @@ def keep_newest(run_dir: Path, count: int) -> None:
     for directory in list_checkpoints(run_dir)[:-count]:
         if directory not in waiting:
             _discard(directory)
-    for leftover in checkpoints_dir(run_dir).glob("step_*.tmp"):
-        shutil.rmtree(leftover)
+    for pattern in (".step_*.tmp", "step_*.tmp"):
+        for leftover in checkpoints_dir(run_dir).glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def request_evaluation(directory: Path) -> None:
     """Mark a checkpoint, until `evaluation_done`, as one that waits for its evaluation."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
     _request(directory).touch()
 
 
@@ -215,18 +243,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 def refuse_another_recipe(directory: Path, recipe: Recipe) -> None:
     """Raise `RecipeError` when a run was started by a recipe that would have learnt otherwise."""
-    before = _flatten(read_manifest(directory).recipe)
-    now = _flatten(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key} was {before.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _harmless(key)
-    ]
+    changed = learnt_otherwise(read_manifest(directory).recipe, recipe)
     if changed:
         raise RecipeError(
             f"{recipe.run_dir} was started by another recipe: {'; '.join(changed)}. Give this "
             f"recipe a new name, or remove {recipe.run_dir} to start it over"
         )
+
+
+def learnt_otherwise(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Where a recipe differs from the one before in what changes what is learnt."""
+    old, new = _flatten(before), _flatten(recipe.model_dump(mode="json"))
+    return [
+        f"{key} was {old.get(key, 'absent')!r} and is {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _harmless(key)
+    ]
 
 
 def _harmless(key: str) -> bool:

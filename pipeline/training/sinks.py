@@ -1,7 +1,7 @@
 """Where figures go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio; by recipe.
 
-Only one process of a run writes to them at a time: the first trainer while there is one, which also
-passes on the figures of evaluations, else the evaluation itself.
+Only one process of a run writes to them at a time, the one that holds the run: the first trainer
+while there is one, which also passes on the figures of evaluations, else an evaluation.
 """
 
 import importlib

@@ -13,7 +13,8 @@ from federated_scenes import Tree, disturb, draw_annotations
 from pipeline.errors import DataError
 from pipeline.evaluation.average_precision import evaluate_coco, evaluate_voc, protocol_of
 from pipeline.evaluation.detections import Detections, parse_detections
-from pipeline.evaluation.results import evaluate_detections, format_table
+from pipeline.evaluation.results import evaluate_detections
+from pipeline.evaluation.tables import format_table
 
 Evaluate = Callable[..., dict[str, Any]]
 NOTHING = parse_detections([])
@@ -81,10 +82,13 @@ def test_a_federated_file_is_sent_to_the_lvis_protocol(evaluate: Evaluate) -> No
         (lambda t: t["annotations"][0].update(image_id=9), "9 is an unknown image id"),
         (lambda t: t["annotations"][0].update(category_id=99), "99 is an unknown category id"),
         (lambda t: t["annotations"][0].update(bbox=[1, 2, -3, 4]), "negative size"),
-        (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), "lists of 4 numbers"),
-        (lambda t: t["annotations"][0].update(area=float("nan")), "area is not finite"),
+        (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), "lists of 4 finite numbers"),
+        (lambda t: t["annotations"][0].update(area=float("nan")), "area must be finite numbers"),
         (lambda t: t["annotations"][0].update(area=-1.0), "negative area"),
-        (lambda t: t["annotations"][0].update(iscrowd="0"), "1 of .* have a iscrowd that is none"),
+        (
+            lambda t: t["annotations"][0].update(iscrowd="0"),
+            "iscrowd must be one of the numbers 0, 1",
+        ),
         (lambda t: t["annotations"].append(5), "json objects"),
         (lambda t: t.pop("categories"), "'categories' is missing"),
     ],
@@ -216,3 +220,57 @@ def test_ground_truth_as_detections_is_perfect(evaluate: Evaluate) -> None:
     assert results["AP"] == pytest.approx(1.0, abs=1e-12)
     (row,) = results["per_category"]
     assert (row["images"], row["instances"], row["detections"]) == (2, 3, 3)
+
+
+def test_operating_point_and_curve_by_hand(evaluate: Evaluate) -> None:
+    """F1 by threshold: 0.9 -> 2/3, 0.8 -> 1/2, 0.7 -> 4/5, 0.5 -> 2/3."""
+    flag = "iscrowd" if evaluate is evaluate_coco else "difficult"
+    tree = one_category(
+        {"image_id": 1, "bbox": [0, 0, 3, 3], "category_id": 6, flag: 1},
+        {"image_id": 1, "bbox": [0, 0, 100, 10]},
+        {"image_id": 2, "bbox": [0, 0, 100, 10]},
+        {"image_id": 2, "bbox": [200, 0, 100, 10], flag: 1},
+    )
+    tree["categories"] += [{"id": 6, "name": "ignored"}, {"id": 8, "name": "nowhere"}]
+    rows = [
+        (1, 7, 0, 0.9),  # true, IoU 1
+        (1, 7, 300, 0.8),  # false
+        (2, 7, 25, 0.7),  # true, IoU 75 / 125
+        (2, 7, 200, 0.95),  # ignored
+        (2, 8, 0, 0.99),  # of a category that has no AP
+        (2, 7, 10, 0.5),  # false: a better one has taken the box
+    ]
+    keys = ("image_id", "category_id", "bbox", "score")
+    detections = parse_detections(
+        [
+            dict(zip(keys, (image, category, [x, 0, 100, 10], score), strict=True))
+            for image, category, x, score in rows
+        ]
+    )
+    results = evaluate(tree, detections, origin="x")
+    assert results["operating_point"] == {
+        "score_threshold": 0.7,
+        "iou_threshold": 0.5,
+        "precision": 2 / 3,
+        "recall": 1.0,
+        "mean_iou": pytest.approx(0.8),
+        "detections": 3,
+        "true_positives": 2,
+    }
+    point = evaluate(tree, detections, origin="x", score_threshold=0.75)["operating_point"]
+    assert (point["detections"], point["true_positives"], point["recall"]) == (2, 1, 0.5)
+    curves = results["curves"]
+    assert curves["recall"] == pytest.approx(np.linspace(0, 1, 101))
+    assert curves["precision"]["all"]["0.50"] == pytest.approx([1.0] * 51 + [2 / 3] * 50)
+    assert ("0.50:0.95" in format_table(results)) == (evaluate is evaluate_coco)
+    for name in ("0.75", "0.50:0.95"):
+        assert (curves["precision"]["all"][name] is None) == (evaluate is not evaluate_coco)
+
+
+def test_nothing_judged_has_no_operating_point(evaluate: Evaluate) -> None:
+    results = evaluate(draw(7), NOTHING, origin="x")
+    assert results["operating_point"] is None
+    assert results["curves"]["precision"]["all"]["0.50"] == [0.0] * 101
+    nothing = evaluate(draw(7) | {"annotations": []}, disturb(draw(7), 8), origin="x")
+    assert nothing["operating_point"] is None
+    assert nothing["curves"]["precision"]["all"]["0.50"] is None

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import prepare, tiny_recipe
 
 from pipeline.data.shards import prepare_source
-from pipeline.errors import RecipeError, StopRequested
+from pipeline.errors import DataError, RecipeError, StopRequested
 from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.checkpoints import (
     evaluate_all_waiting,
@@ -83,7 +84,7 @@ def test_it_is_evaluated_while_it_trains(live: Recipe) -> None:
         number, total = (int(word) for word in event["subset"].split() if word.isdecimal())
         assert 4 <= number < total == len(truth.image_ids)
         assert f"{number} of {total} images" in event["protocol"] and event["seconds"] > 0
-        folder = live.run_dir / "evaluations" / f"step_{event['step']:08d}"
+        folder = live.run_dir / "evaluations" / f"step_{event['step']:08d}_subset"
         results = json.loads((folder / "results.json").read_text())
         assert results["counts"]["categories_with_ground_truth"]["r"] == len(rare) > 0
         assert results["counts"]["images"] == number
@@ -129,10 +130,40 @@ def test_checkpoints_wait_for_their_evaluation(folder: Path) -> None:
     assert evaluate_waiting(recipe) is None
 
 
+def test_one_that_cannot_be_evaluated_does_not_end_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise DataError("image 7 is bad")
+
+    monkeypatch.setattr("pipeline.evaluation.checkpoints.detect_part", refuse)
+    recipe = live_recipe(folder, "refused")
+    train_here(recipe, partial(evaluate_all_waiting, recipe))
+    newest = newest_verified(recipe.run_dir)
+    assert newest is not None and read_manifest(newest).step == 8
+    given_up = [r.getMessage() for r in caplog.records if "is given up" in r.getMessage()]
+    assert len(given_up) == 3 and "step_00000002" in given_up[0] and "image 7" in given_up[0]
+    assert not waiting_for_evaluation(recipe.run_dir)
+
+
+def test_live_figures_reach_tensorboard_whenever_they_come(live: Recipe, folder: Path) -> None:
+    """Of a run that evaluates in line, and of one that is evaluated after its end."""
+    late = live_recipe(folder, "late")
+    train_here(late)
+    evaluate_all_waiting(late)
+    for recipe in (live, late):
+        events_of = EventAccumulator(str(recipe.run_dir / "tensorboard"))
+        events_of.Reload()
+        points = [event.step for event in events_of.Scalars("evaluation_subset/AP")]
+        assert points == [2, 4, 6]
+
+
 def test_the_last_evaluation_is_of_everything(live: Recipe) -> None:
     assert not is_evaluated(live)
     text = evaluate_newest(live, official=True)
     assert is_evaluated(live)
+    moved = live.model_copy(update={"data": live.data.model_copy(update={"root": "elsewhere"})})
+    assert not is_evaluated(moved)
     results = json.loads((live.run_dir / "results.json").read_text())
     assert results["step"] == 8 and "subset" not in results
     assert text.splitlines()[0] == results["protocol"] and "official" in text

@@ -63,6 +63,28 @@ def stock(tree: Tree, detections: Detections) -> Any:
     return evaluation
 
 
+def assert_same_point(tree: Tree, detections: Detections, evaluation: Any) -> None:
+    """Counts at one score and curves against the stock evaluation's matches and its table."""
+    with_truth = {row["category_id"] for row in tree["annotations"] if not row.get("iscrowd")}
+    true = judged = 0
+    for one in evaluation.evalImgs:
+        if one and one["category_id"] in with_truth and one["aRng"] == [0, 1e10]:
+            kept = (np.array(one["dtScores"]) >= 0.3) & ~one["dtIgnore"][0].astype(bool)
+            judged += int(kept.sum())
+            true += int((kept & (one["dtMatches"][0] > 0)).sum())
+    results = evaluate_coco(tree, detections, origin="x", score_threshold=0.3)
+    point = results["operating_point"]
+    assert (point["detections"], point["true_positives"]) == (judged, true)
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+    precision = precision[..., (precision > -1).all((0, 1))]
+    curves = results["curves"]["precision"]["all"]
+    for name, rows in (("0.50", [0]), ("0.75", [5]), ("0.50:0.95", list(range(10)))):
+        if precision.size:
+            np.testing.assert_allclose(curves[name], precision[rows].mean((0, 2)), atol=1e-12)
+        else:
+            assert curves[name] is None
+
+
 def assert_equal(tree: Tree, detections: Detections, evaluation: Any) -> dict[str, Any]:
     """Every figure of the summary, and AP and AR of every category."""
     ours = evaluate_coco(tree, detections, origin="x")
@@ -92,6 +114,7 @@ def test_the_published_figures_of_the_coco_demo(shared_data: Path) -> None:
     assert [round(results[key], 3) for key in KEYS] == [
         0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564,
     ]  # fmt: skip
+    assert_same_point(dict(tree), detections, stock(dict(tree), detections))
     assert results["protocol"] == (
         "COCO box AP, IoU 0.50:0.95, top 100 detections per image and category, 100 images"
     )
@@ -115,7 +138,9 @@ def test_random_scenes_with_ties_and_crowds(
     detections = disturb(tree, seed + 1, copies, decimals, grid)
     if len(detections):
         assert_equal(tree, detections, faster(tree, detections))
-        assert_equal(tree, detections, stock(tree, detections))
+        evaluation = stock(tree, detections)
+        assert_equal(tree, detections, evaluation)
+        assert_same_point(tree, detections, evaluation)
 
 
 def test_a_hundred_of_each_image_and_category_count() -> None:
@@ -175,7 +200,7 @@ def test_groups_of_openimages_are_crowd_regions(key: str) -> None:
     special = ("group_boxes", "crowd_regions", "areas_from_boxes", "detections_elsewhere")
     assert [second["counts"][key] for key in special] == [0, 0, 1, 5]
     tree["annotations"][0][key] = 2
-    with pytest.raises(DataError, match=f"have a {key} that is none of -1, 0, 1"):
+    with pytest.raises(DataError, match=f"{key} must be one of the numbers -1, 0, 1"):
         evaluate_coco(tree, detections, origin="x")
 
 

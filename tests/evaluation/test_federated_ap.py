@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.evaluation.detections import Detections, concatenate, parse_detections
+from pipeline.evaluation.detections import (
+    Detections,
+    concatenate,
+    load_detections,
+    parse_detections,
+)
 from pipeline.evaluation.federated_ap import (
     FIXED,
     LVIS,
@@ -76,6 +81,44 @@ def test_ground_truth_as_detections_is_perfect(shared_data: Path) -> None:
         assert figures[key] == pytest.approx(1.0, abs=1e-12)
 
 
+def test_a_real_detectors_output(shared_data: Path) -> None:
+    """The detections of the COCO demo, on its annotations in LVIS form: crowds left out, some of
+    the categories that an image does not show verified absent, some not annotated exhaustively."""
+    folder = shared_data / "results"
+    tree = json.loads((folder / "instances_val2014_100.json").read_text())
+    detections = load_detections(folder / "instances_val2014_fakebbox100_results.json")
+    tree["annotations"] = [row for row in tree["annotations"] if not row["iscrowd"]]
+    rng = np.random.default_rng(0)
+    category_ids = [category["id"] for category in tree["categories"]]
+    present: dict[int, set[int]] = {image["id"]: set() for image in tree["images"]}
+    for row in tree["annotations"]:
+        present[row["image_id"]].add(row["category_id"])
+    for image in tree["images"]:
+        shown = sorted(present[image["id"]])
+        absent = sorted(set(category_ids) - set(shown))
+        image["neg_category_ids"] = rng.choice(absent, 40, replace=False).tolist()
+        image["not_exhaustive_category_ids"] = [one for one in shown if rng.random() < 0.1]
+    images_of = [sum(one in shown for shown in present.values()) for one in category_ids]
+    for category, number in zip(tree["categories"], images_of, strict=True):
+        category["frequency"] = "r" if number <= 2 else "c" if number <= 6 else "f"
+    figures = assert_equal_to_official(tree, detections)
+    assert all(value is not None and 0.2 < value < 0.8 for value in figures.values()), figures
+    # Federation matters on them: were all categories verified, AP would be another.
+    for image in tree["images"]:
+        image["neg_category_ids"] = sorted(set(category_ids) - present[image["id"]])
+    assert assert_equal_to_official(tree, detections)["AP"] != figures["AP"]
+
+
+def test_crowds_are_refused_though_the_official_package_takes_them_for_objects() -> None:
+    tree = one_image([], [])
+    detections = found((1, 1, 0, 0.9))
+    figures = assert_equal_to_official(tree, detections)
+    tree["annotations"][0]["iscrowd"] = 1
+    assert official_lvis(tree, detections) == pytest.approx(figures)
+    with pytest.raises(DataError, match="1 is a crowd: LVIS has none, so this is a COCO file"):
+        evaluate_detections(tree, detections)
+
+
 def test_no_detections_is_zero_where_ground_truth_is() -> None:
     tree = draw_annotations(0)
     figures = assert_equal_to_official(tree, NOTHING)
@@ -134,6 +177,20 @@ def test_fixed_ap_is_the_official_figure_of_each_categorys_best(limit: int) -> N
     for key, value in official_lvis(tree, cut, -1).items():
         expected = None if value is None else pytest.approx(value, abs=1e-12)
         assert ours[key.replace("@-1", "@fixed")] == expected, key
+
+
+def test_of_equal_scores_a_category_keeps_the_smaller_image_then_the_first() -> None:
+    """Image 1 has a true detection and then a false one, image 2 a false one, all of one score."""
+    tree = one_image([], [])
+    tree["annotations"][1]["category_id"] = 1
+    detections = found((2, 1, 200, 0.5), (1, 1, 0, 0.5), (1, 1, 200, 0.5))
+    matches = match(parse_ground_truth(tree), detections)
+    for limit, expected in ((1, [(1, 0)]), (2, [(1, 0), (1, 1)]), (3, [(1, 0), (1, 1), (2, 0)])):
+        rows = kept(matches, Protocol("few", per_category=limit))
+        pairs = zip(matches.image_id[rows].tolist(), matches.rank[rows].tolist(), strict=True)
+        assert sorted(pairs) == expected
+    results = evaluate_detections(tree, detections, protocol=Protocol("one", per_category=1))
+    assert results["AP50"] == pytest.approx(51 / 101)  # one of two boxes, without a false one
 
 
 def test_every_protocol_comes_from_one_pass_and_is_labelled() -> None:

@@ -32,6 +32,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedDetector, 
     # Scores of cells lie close together, so that a little noise changes their order.
     loaded.detector.encoder_class_embed.scale = 0.1  # type: ignore[union-attr, assignment]
     path = folder / "new" / "detector.onnx"
+    path.parent.mkdir()
+    path.with_name("detector.onnx.tmp").write_text("mine")
     comparison = export_onnx(loaded, path, SIZE)
     assert comparison.differences["pred_logits"] < 1e-4
     assert comparison.differences["pred_boxes"] < 1e-5
@@ -82,7 +84,9 @@ def test_the_file_says_what_it_is(exported: tuple[LoadedDetector, Path]) -> None
     assert json.loads(stated["category_frequencies"]) == ["r", "f", "c", "f"]
     assert json.loads(stated["pixel_mean"]) == list(loaded.detector.pixel_mean)  # type: ignore[arg-type]
     assert (stated["height"], stated["width"], stated["step"]) == ("64", "90", "7")
-    assert [file.name for file in path.parent.iterdir()] == [path.name], "no other file is needed"
+    beside = path.with_name("detector.onnx.tmp")
+    assert set(path.parent.iterdir()) == {path, beside}, "no other file is needed"
+    assert beside.read_text() == "mine"
     with pytest.raises(StorageError, match="exists already"):
         export_onnx(loaded, path, SIZE)
 

@@ -10,7 +10,7 @@ from pipeline.evaluation.detections import parse_detections
 from pipeline.evaluation.federated_ap import LVIS, kept
 from pipeline.evaluation.ground_truth import parse_ground_truth
 from pipeline.evaluation.matching import Matches, match
-from pipeline.evaluation.operating import operating_point
+from pipeline.evaluation.operating import Judged, judge, operating_point
 from pipeline.evaluation.results import evaluate_detections
 
 
@@ -58,7 +58,7 @@ def matches() -> Matches:
 def test_counts_at_a_threshold(
     matches: Matches, threshold: float, detections: int, true: int, recall: float, iou: float | None
 ) -> None:
-    point = operating_point(matches, kept(matches, LVIS), threshold)
+    point = operating_point(judge(matches, kept(matches, LVIS)), threshold)
     assert point is not None
     assert (point.detections, point.true_positives) == (detections, true)
     assert point.precision == (true / detections if detections else None)
@@ -68,8 +68,20 @@ def test_counts_at_a_threshold(
 
 def test_the_best_threshold_is_that_of_the_largest_f1(matches: Matches) -> None:
     """F1 by threshold: 0.9 -> 2/3, 0.8 -> 1/2, 0.7 -> 4/5, 0.5 -> 2/3."""
-    point = operating_point(matches, kept(matches, LVIS))
+    point = operating_point(judge(matches, kept(matches, LVIS)))
     assert point is not None and point.score_threshold == 0.7
+
+
+def test_of_equal_f1_the_highest_threshold_is_the_best() -> None:
+    """Two boxes: one detection, true, has F1 2/3, and four, two of them true, have it too."""
+    score, hit = np.array([0.3, 0.9, 0.5, 0.4]), np.array([True, True, False, False])
+    point = operating_point(Judged(score, hit, hit.astype(float), num_truth=2))
+    assert point is not None and point.score_threshold == 0.9
+    assert point.precision is not None and point.recall is not None
+    f1 = 2 * point.precision * point.recall / (point.precision + point.recall)
+    assert f1 == pytest.approx(2 / 3)
+    lowest = operating_point(Judged(score, hit, hit.astype(float), num_truth=2), 0.3)
+    assert lowest is not None and (lowest.precision, lowest.recall) == (0.5, 1.0)
 
 
 def test_best_threshold_of_random_scenes_by_trying_each() -> None:
@@ -77,11 +89,11 @@ def test_best_threshold_of_random_scenes_by_trying_each() -> None:
         tree = draw_annotations(seed)
         found = match(parse_ground_truth(tree), disturb(tree, seed + 1, score_decimals=1))
         keep = kept(found, LVIS)
-        best = operating_point(found, keep)
+        best = operating_point(judge(found, keep))
         assert best is not None
 
         def f1(threshold: float, found: Matches = found, keep: Any = keep) -> float:
-            point = operating_point(found, keep, threshold)
+            point = operating_point(judge(found, keep), threshold)
             assert point is not None
             truth = int(found.truth_counts[:, 0].sum())
             return 2 * point.true_positives / (point.detections + truth)
@@ -90,7 +102,7 @@ def test_best_threshold_of_random_scenes_by_trying_each() -> None:
 
 
 def test_nothing_to_judge_has_no_operating_point(matches: Matches) -> None:
-    assert operating_point(matches, np.zeros(len(matches.score), bool)) is None
+    assert operating_point(judge(matches, np.zeros(len(matches.score), bool))) is None
 
 
 def test_curves_average_to_the_ap_of_each_group() -> None:

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from pipeline.evaluation import pictures
-from pipeline.evaluation.pictures import LabelledBox, draw_boxes, readable
+from pipeline.evaluation.labels import readable
+from pipeline.evaluation.pictures import LabelledBox, draw_boxes
 
 GREY = (128, 128, 128)
 

@@ -16,10 +16,14 @@ import pipeline
 from pipeline.data.index import load_index
 from pipeline.data.shards import prepare_source, shards_url
 from pipeline.data.stream import EvaluationSet
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError, StorageError
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.predict import columns_of, load_detector
+from pipeline.training import manifest
 from pipeline.training.checkpoint import export_detector, load_weights
+from pipeline.training.checkpoint import load_detector as load_checkpoint
+from pipeline.training.locate import locate_checkpoint
+from pipeline.training.manifest import file_digest
 
 
 def photograph(path: Path, seed: int, size: tuple[int, int], orientation: int = 1) -> Path:
@@ -103,10 +107,73 @@ def test_an_opened_image_is_as_good_as_its_file(tmp_path: Path, photographs: lis
     middle = float(np.median(from_file.score))
     [some] = loaded.predict([photographs[2]], score_threshold=middle)
     assert 0 < len(some) < len(from_file) and some.score.min() >= middle
-    with pytest.raises(DataError):
-        loaded.predict(
-            [tmp_path / "runs" / "toy" / "checkpoints" / "step_00000007" / "manifest.json"]
-        )
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "RGBA", "LA", "P", "1"])
+def test_an_opened_image_of_any_mode_is_as_good_as_its_file(tmp_path: Path, mode: str) -> None:
+    loaded = load_detector(save_checkpoint(tmp_path))
+    ramp = np.linspace(0, 65535, 64 * 80).reshape(64, 80).astype(np.uint16)
+    grey = Image.fromarray((ramp >> 8).astype(np.uint8))
+    transparent = Image.merge("LA", [grey, grey.rotate(180)]).convert("RGBA")
+    path = tmp_path / "image.png"
+    if mode.startswith("I"):
+        image = Image.fromarray(ramp if mode == "I;16" else ramp.astype(np.int32))
+        Image.fromarray(ramp).save(path)
+    else:
+        image = transparent.convert(mode)
+        image.save(path)
+    assert image.mode == mode
+    [from_file, from_image, reopened] = loaded.predict([path, image, Image.open(path)])
+    for other in (from_image, reopened):
+        np.testing.assert_array_equal(from_file.bbox, other.bbox)
+        np.testing.assert_array_equal(from_file.score, other.score)
+
+
+def test_what_is_no_readable_image_is_named(tmp_path: Path, photographs: list[Path]) -> None:
+    directory = save_checkpoint(tmp_path)
+    loaded = load_detector(directory)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(photographs[0].read_bytes()[:-200])
+    for image, message in [
+        (tmp_path / "gone.jpg", r"gone.jpg: the file cannot be read \(No such file"),
+        (str(tmp_path), r"the file cannot be read \(Is a directory"),
+        (directory / "manifest.json", "manifest.json: not an image"),
+        (cut, "cut.jpg: the image is damaged or cut short"),
+        (Image.open(cut), "image number 1: the image is damaged or cut short"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            loaded.predict([photographs[1], image])
+
+
+def test_loading_reads_what_the_detector_needs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save_checkpoint(tmp_path)
+    hashed: list[str] = []
+
+    def digest(path: Path) -> dict[str, object]:
+        hashed.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(manifest, "file_digest", digest)
+    wanted = ["averaged.safetensors", "weights.safetensors"]
+    for path in (directory, directory.parent.parent):
+        hashed.clear()
+        load_detector(path)
+        assert sorted(hashed) == wanted
+    hashed.clear()
+    load_checkpoint(directory, use_ema=True)
+    assert sorted(hashed) == wanted, "by itself, it verifies"
+    hashed.clear()
+    exported = export_detector(locate_checkpoint(directory), tmp_path / "exported")
+    assert sorted(hashed) == [*wanted, "weights.safetensors"], "and those that are written, once"
+    (directory / "optimizer.safetensors").unlink()
+    load_detector(directory)
+    for folder in (directory, exported):
+        weights = folder / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+        with pytest.raises(StorageError, match=r"weights.safetensors has another sha256"):
+            load_detector(folder)
 
 
 def test_chosen_categories_do_not_compete_with_the_others(
@@ -139,7 +206,7 @@ def test_averages_are_taken_as_the_recipe_says_and_an_export_keeps_them(tmp_path
     state = loaded.detector.state_dict()
     assert torch.equal(state[name], load_weights(directory, ema=True)[name])
     assert not torch.equal(state[name], load_weights(directory, ema=False)[name])
-    exported = export_detector(directory, tmp_path / "exported", use_ema=True)
+    exported = export_detector(locate_checkpoint(directory), tmp_path / "exported")
     again = pipeline.load_detector(exported).detector.state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(state[key], again[key]) for key in state)
@@ -163,7 +230,7 @@ assert not loaded, loaded
 def test_prediction_needs_no_training_stack(
     tmp_path: Path, photographs: list[Path], training_stack: str
 ) -> None:
-    exported = export_detector(save_checkpoint(tmp_path), tmp_path / "exported", use_ema=True)
+    exported = export_detector(locate_checkpoint(save_checkpoint(tmp_path)), tmp_path / "exported")
     command = [sys.executable, "-c", BLOCKED, str(exported), str(photographs[0]), training_stack]
     result = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False

@@ -13,7 +13,7 @@ from tiny_checkpoint import VOCABULARY, save_checkpoint
 from tiny_world import ENVIRONMENT
 
 from pipeline.errors import DataError, RecipeError
-from pipeline.evaluation.detections import parse_detections
+from pipeline.evaluation.detections import load_detections, parse_detections
 from pipeline.evaluation.predict import load_detector
 from pipeline.evaluation.predictions import find_images, predict_files, predict_stage
 from pipeline.training.locate import locate_checkpoint
@@ -69,7 +69,11 @@ def test_pictures_and_rows_of_every_image(tmp_path: Path, folder: Path) -> None:
     tree = json.loads((out / "predictions.json").read_text())
     pictures = [image["picture"] for image in tree["images"]]
     assert pictures == ["B.jpg", "a.jpg", "a_3.jpg", "a_2.jpg", "A_4.jpg"]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "predictions.json"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*pictures, "detections.json", "predictions.json"]
+    )
+    flat = load_detections(out / "detections.json")
+    assert flat.image_id.tolist() == [i for i in range(1, 6) for _ in range(7)]
     turned = tree["images"][3]
     assert (turned["width"], turned["height"]) == (150, 90), "as people see it"
     assert Image.open(out / turned["picture"]).size == (640, 384)
@@ -150,8 +154,15 @@ def test_the_verb_goes_on_past_what_cannot_be_read(tmp_path: Path, folder: Path)
     assert "1 of 3 images could not be read" in result.stderr
     assert "images/cut.jpg: the image is damaged" in result.stderr
     assert "predicting: 3 of 3 images" in result.stdout
-    assert "2 images, 48 detections" in result.stdout
+    assert "2 images, 48 detections with score" in result.stdout
     tree = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
     assert [entry["file"] for entry in tree["unreadable"]] == ["images/cut.jpg"]
     assert tree["categories"] == ["striped_teal_ring", "kite"]
     assert (tmp_path / "predictions" / "a_2.jpg").is_file()
+
+
+def test_one_is_no_plural(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = locate_checkpoint(save_checkpoint(tmp_path))
+    words, out = [str(folder / "a.jpg")], tmp_path / "out"
+    predict_stage(found, words, out, score_threshold=0, top_k=1, device="cpu")
+    assert "1 image, 1 detection with score 0 or more" in capsys.readouterr().out

@@ -18,9 +18,9 @@ from pipeline.evaluation.ground_truth import parse_ground_truth
 from pipeline.evaluation.results import (
     AP_KEYS,
     evaluate_detections,
-    format_table,
     write_results,
 )
+from pipeline.evaluation.tables import format_comparison, format_table
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_results_on_disk(tmp_path: Path, tree: Tree, detections: Detections) -> 
     defined = [float(row["AP"]) for row in rows if row["AP"]]
     assert np.mean(defined) == pytest.approx(results["AP"], abs=1e-12)
     assert len(load_detections(folder / "detections.json")) == len(detections)
-    assert not list(tmp_path.rglob("*.partial"))
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"results.json", "detections.json", "per_category.csv", "curves.json"}
 
 
 def test_undefined_figures_are_null_and_a_dash(tmp_path: Path, tree: Tree) -> None:
@@ -57,11 +58,20 @@ def test_undefined_figures_are_null_and_a_dash(tmp_path: Path, tree: Tree) -> No
     results = evaluate_detections(tree, detections)
     write_results(tmp_path, 1, results, detections)
     assert json.loads((tmp_path / "results.json").read_text())["APr"] is None
-    protocol, names, figures, counts, point = format_table(results).splitlines()
+    protocol, names, figures, recall, counts, point = format_table(results).splitlines()
     assert "top 300" in protocol and point.startswith("at score ")
     assert dict(zip(names.split(), figures.split(), strict=True))["APr"] == "-"
     assert len(names) == len(figures)
     assert "0 rare" in counts
+    assert recall.split()[::2] == ["AR@300", "ARs@300", "ARm@300", "ARl@300"]
+    assert float(recall.split()[1]) == pytest.approx(results["AR@300"], abs=1e-4)
+
+
+def test_a_comparison_tells_undefined_from_different() -> None:
+    ours = {"AP": 0.5, "APr": None, "APc": None, "APf": 0.25}
+    lines = format_comparison(ours, {"AP": 0.25, "APr": None, "APc": 0.5, "APf": None})
+    differences = {line.split()[0]: line.split()[-1] for line in lines.splitlines()[1:]}
+    assert differences == {"AP": "2.5e-01", "APr": "-", "APc": "differs", "APf": "differs"}
 
 
 def test_train_image_counts_and_vocabulary(tree: Tree, detections: Detections) -> None:

@@ -194,10 +194,12 @@ def test_difficult_objects_alone_define_nothing(year: Year) -> None:
 def test_flags_that_voc_does_not_have() -> None:
     tree, detections = by_hand()
     tree["annotations"][0]["iscrowd"] = 1
-    with pytest.raises(DataError, match=r"x: 1 is a crowd: Pascal VOC has none.*\(1 of 3\)"):
+    with pytest.raises(
+        DataError, match=r"x: annotations: 1 is a crowd: Pascal VOC has none.*\(1 of 3\)"
+    ):
         evaluate_voc(tree, detections, origin="x", year=2007)
     tree["annotations"][0].update(iscrowd=0, difficult="0")
-    with pytest.raises(DataError, match="1 of 3 annotations have a difficult that is none of 0, 1"):
+    with pytest.raises(DataError, match=r"difficult must be one of the numbers 0, 1; .*\(1 of 3\)"):
         evaluate_voc(tree, detections, origin="x", year=2007)
 
 

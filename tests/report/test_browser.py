@@ -1,5 +1,6 @@
 """The pages in a real browser: no error, no request, words that follow the pointer."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,34 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_evaluation(run_dir, step, skill * share, num_categories=120)
     runs = [root / "richsem", root / "a_baseline_with_quite_a_long_name_indeed"]
     comparison = write_comparison(runs, root / "comparison.html")
-    return {"report": write_report(runs[0]), "comparison": comparison}
+    named = root / "named"
+    write_evaluation(named, 60, 0.9, num_categories=120)
+    give_long_names(named / "evaluations" / "step_00000060")
+    return {
+        "report": write_report(runs[0]),
+        "comparison": comparison,
+        "named": write_report(named),
+    }
+
+
+def give_long_names(folder: Path) -> None:
+    """In the tables, and on pictures at boxes that lie in a corner, at an edge, and in a heap."""
+    long = "Christmas_tree_ornament_(decorative)"
+    table = folder / "per_category.csv"
+    word = "Donaudampfschifffahrtsgesellschaftskapitaen"
+    table.write_text(table.read_text().replace("striped <thing>", word))
+    path = folder / "examples.json"
+    examples = json.loads(path.read_text())
+    for example in examples:
+        width, height = example["width"], example["height"]
+        places = [(width - 12, 2), (width - 30, height - 14), (0, height - 9), (0, 0)]
+        places += [(100 + n, 80 + n) for n in range(40)]
+        example["detections"] = [
+            {"name": long, "frequency": "rc"[n % 2], "score": 0.9, "bbox": [x, y, 12, 9]}
+            for n, (x, y) in enumerate(places)
+        ]
+    examples[0]["detections"][0]["name"] = long * 8
+    path.write_text(json.dumps(examples))
 
 
 @pytest.fixture
@@ -75,7 +103,7 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     assert all(url.startswith(("file:", "data:")) for url in requests)
 
 
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "named"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_it_renders_and_fits(open_page: Any, name: str, scheme: str, width: int) -> None:
@@ -114,6 +142,45 @@ def test_no_axis_label_is_cut_off_or_overlaps_another(
         })"""
     )
     assert problems == []
+
+
+@pytest.mark.parametrize("name", ["report", "named"])
+@pytest.mark.parametrize("width", [400, 1200])
+def test_names_on_pictures_are_whole_and_apart(open_page: Any, name: str, width: int) -> None:
+    """No name beyond its picture or its plate, and none over another; most are there."""
+    page = open_page(name, viewport={"width": width, "height": 900})
+    found = page.evaluate(
+        """() => [...document.querySelectorAll('.pictures svg')].map((picture) => {
+          const edge = picture.getBoundingClientRect();
+          const names = [...picture.querySelectorAll('.name')].map((group) => ({
+            words: group.textContent,
+            box: group.querySelector('text').getBoundingClientRect(),
+            plate: group.querySelector('rect').getBoundingClientRect() }));
+          const within = (a, b) => a.left > b.left - 1 && a.right < b.right + 1
+            && a.top > b.top - 1 && a.bottom < b.bottom + 1;
+          const cut = names.filter(({ box, plate }) => !within(plate, edge)
+            || box.left < plate.left - 1 || box.right > plate.right + 1).map((one) => one.words);
+          const over = names.flatMap((a, i) => names.slice(i + 1).filter((b) =>
+            a.plate.left < b.plate.right - 1 && b.plate.left < a.plate.right - 1 &&
+            a.plate.top < b.plate.bottom - 1 && b.plate.top < a.plate.bottom - 1)
+            .map((b) => `${a.words} over ${b.words}`));
+          return { problems: [...cut, ...over], words: names.map((one) => one.words) };
+        })"""
+    )
+    assert [one["problems"] for one in found] == [[]] * 6
+    counts = [len(one["words"]) for one in found]
+    assert min(counts) >= 3 and max(counts) >= 4, counts
+    assert all("_" not in words for one in found for words in one["words"])
+
+
+def test_no_figure_is_out_of_sight_on_a_narrow_screen(open_page: Any) -> None:
+    page = open_page("named", viewport={"width": 400, "height": 900})
+    for table in ("Best rare categories", "Worst rare categories", "The same detections by"):
+        figure = page.locator(f'figure:has(figcaption:text("{table}"))')
+        hidden = figure.locator(".scroll").evaluate("one => one.scrollWidth - one.clientWidth")
+        assert hidden <= 0, table
+    sentence = page.locator("table.by-protocol .detail").first
+    assert sentence.bounding_box()["width"] > 300
 
 
 def hover(page: Any, chart: str, selector: str, place: int) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.report.charts import Mark, Series, bar_chart, line_chart, scatter_chart
-from pipeline.report.scales import Scale, format_number, thin
+from pipeline.report.scales import Scale, format_number, grouped, sampled
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -30,14 +30,46 @@ def test_log_ticks_are_inside(low: float, ratio: float) -> None:
     assert scale(low * math.sqrt(ratio)) == pytest.approx(50, abs=1e-3)
 
 
-@given(st.lists(st.tuples(finite, finite), max_size=700))
-def test_thinning_keeps_the_mean_and_the_order(points: list[tuple[float, float]]) -> None:
-    points.sort()
-    thinned = thin(points, 50)
-    assert len(thinned) <= 50
-    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+many_points = st.lists(st.tuples(finite, finite), max_size=700).map(sorted)
+
+
+@given(many_points)
+def test_sampled_points_are_points_with_both_ends_and_extremes(
+    points: list[tuple[float, float]],
+) -> None:
+    kept = sampled(points, 50)
+    assert len(kept) <= 50 and kept == sorted(kept) and set(kept) <= set(points)
     if len(points) <= 50:
-        assert thinned == points
+        assert kept == points
+    else:
+        assert len(kept) >= 40 and (kept[0], kept[-1]) == (points[0], points[-1])
+        heights = [y for _, y in points]
+        assert {min(heights), max(heights)} <= {y for _, y in kept}
+
+
+@given(many_points)
+def test_groups_are_all_points_in_order(points: list[tuple[float, float]]) -> None:
+    groups = grouped(points, 50)
+    assert [point for group in groups for point in group] == points and len(groups) <= 50
+    sizes = {len(group) for group in groups}
+    assert sizes <= {1} if len(points) <= 50 else min(sizes) >= 2
+
+
+def test_a_line_is_averaged_only_where_asked_and_says_so() -> None:
+    values = [(float(step), 0.9 if step == 450 else 0.1) for step in range(3, 903, 3)]
+    words = [
+        re.findall(r'data-x="([^"]*)" data-at="([^"]*)"', line_chart([line], "t", **options))[0]
+        for line in [Series("a", "c1", values)]
+        for options in ({"dots": True}, {"averaged": True})
+    ]
+    logged = {f"{step:.0f}|{value}" for step, value in values}
+    drawn = words[0][1].split(";")
+    assert words[0][0] == "step" and set(drawn) <= logged
+    assert "450|0.9" in drawn and drawn[0] == "3|0.1" and drawn[-1] == "900|0.1"
+    assert words[1][0] == "mean of steps" and words[1][1].startswith("3 to 6|0.1;")
+    ends = [re.split(r" to |\|", entry) for entry in words[1][1].split(";")]
+    mean = next(float(value) for first, last, value in ends if int(first) <= 450 <= int(last))
+    assert mean in (pytest.approx(0.5, abs=1e-3), pytest.approx(1.1 / 3, abs=1e-3))
 
 
 def test_numbers_are_short() -> None:

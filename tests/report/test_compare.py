@@ -3,14 +3,16 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_runs import SOURCE, write_evaluation, write_metrics, write_recipe
+from drawn_runs import SOURCE, log_evaluation, write_evaluation, write_metrics, write_recipe
 from page_reader import read_page
 
-from pipeline.cli import build_parser
+from pipeline.arguments import build_parser
+from pipeline.cli import report
 from pipeline.errors import DataError, RecipeError, StorageError
 from pipeline.recipe_file import load_recipe, recipe_from_tree
 from pipeline.report.compare import write_comparison
@@ -142,6 +144,19 @@ def test_the_same_protocol_with_fewer_detections_given_is_comparable(tmp_path: P
     assert read_runs(paths)[1].obstacles == []
 
 
+def test_as_many_other_images_are_not_the_same_images(tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "two", tmp_path / "three"]
+    for path, digest in zip(paths, ("00ab", "00ab", "11cd"), strict=True):
+        write_evaluation(path, 5, 0.5)
+        file = path / "evaluations" / "step_00000005" / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"ground_truth": digest}))
+    _, same, another = read_runs(paths)
+    assert same.obstacles == []
+    assert another.obstacles == [
+        "evaluated on other images or annotations than the first, as many of them"
+    ]
+
+
 def test_runs_that_were_not_evaluated_and_runs_without_recipe(tmp_path: Path) -> None:
     write_recipe(tmp_path / "a", 60)
     write_metrics(tmp_path / "a", 30, 60)
@@ -158,6 +173,32 @@ def test_labels_tell_runs_of_one_name_apart(tmp_path: Path) -> None:
     expected = ["seed0/runs/quickstart", "seed1/runs/quickstart"]
     assert labels == [*expected, "seed1/runs/quickstart (2)"]
     assert [one.label for one in read_runs(paths)] == expected
+
+
+def test_more_runs_than_there_are_colours_are_numbered(tmp_path: Path) -> None:
+    paths = [tmp_path / f"run_{place:02}" for place in range(14)]
+    for path in paths:
+        write_recipe(path, 10)
+    compared = read_runs(paths)
+    assert len({one.style for one in compared}) == 12
+    assert [one.label for one in compared[::12]] == ["1. run_00", "13. run_12"]
+    _, text = read_page(write_comparison(paths, tmp_path / "c.html"))
+    assert "Colours and dashes repeat after 12 runs" in text
+    assert next(one.label for one in read_runs(paths[:12])) == "run_00"
+    _, text = read_page(write_comparison(paths[:12], tmp_path / "c.html"))
+    assert "repeat" not in text
+
+
+def test_a_legend_names_only_runs_with_a_line(tmp_path: Path) -> None:
+    paths = [tmp_path / "with", tmp_path / "without"]
+    for path, more in zip(paths, ({}, {"APr": None}), strict=True):
+        write_recipe(path, 10)
+        log_evaluation(path, 5, 0.2, **more)
+    source, _ = read_page(write_comparison(paths, tmp_path / "c.html"))
+    expected = {"APr, rare": ["with"], "APc, common": ["with", "without"]}
+    for title, labels in expected.items():
+        shown = source[source.index(f"<figcaption>{title} categories<") :].split("</ul>")[0]
+        assert re.findall("</svg>([^<]*)</li>", shown) == labels
 
 
 def recipe(**sections: Any) -> Any:
@@ -192,7 +233,7 @@ def test_recipe_differences_name_the_place_and_both_values() -> None:
 
 def longtail(*words: object) -> None:
     arguments = build_parser().parse_args(["report", *map(str, words)])
-    arguments.handler(arguments)
+    report(arguments)
 
 
 def test_the_verb_takes_runs_and_recipes(
@@ -210,8 +251,28 @@ def test_the_verb_takes_runs_and_recipes(
     longtail(runs[0], "recipe.yaml", f"output={runs[1].parent}", "-o", out)
     assert capsys.readouterr().out.strip() == str(out)
     assert "baseline" in read_page(out)[1]
+    (runs[0] / "report.html").unlink()
     longtail(runs[0], "-o", "one.html")
-    assert "Comparison of richsem" in read_page(tmp_path / "one.html")[1]
+    assert capsys.readouterr().out.strip() == "one.html"
+    source, text = read_page(tmp_path / "one.html")
+    assert "Comparison" not in text and "The complete recipe" in text and "<h1>richsem" in source
+    assert not (runs[0] / "report.html").exists()
+
+
+def test_the_verb_tells_paths_with_an_equals_sign_from_overrides(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Path("lr=1e-4")
+    place.mkdir()
+    (place / "r.yaml").write_text(load_recipe(runs[1] / "recipe.yaml").to_yaml())
+    longtail(place / "r.yaml", f"output={runs[1].parent}", "-o", "a.html")
+    assert "<h1>baseline" in read_page(tmp_path / "a.html")[0]
+    shutil.copytree(runs[1], "seed=1")
+    longtail("seed=1", "-o", "b.html")
+    assert "<h1>baseline" in read_page(tmp_path / "b.html")[0]
+    with pytest.raises(RecipeError, match="runs/seed=1 is neither a run directory nor a recipe"):
+        longtail("runs/seed=1")
 
 
 def test_the_verb_refuses_what_it_cannot_do(runs: list[Path], tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from drawn_runs import (
 )
 from page_reader import read_page
 
+from pipeline.report.compare import write_comparison
 from pipeline.report.page import write_report
-from pipeline.report.run_data import read_run, subset_of
+from pipeline.report.run_data import points, read_run, subset_of
+from pipeline.report.scales import format_number
+from pipeline.report.speed import samples_by_source, training_seconds
 
 NEW = ("The same detections by protocol", "Operating point", "Precision and recall", "Memory")
 
@@ -168,6 +171,128 @@ def test_only_a_subset_was_evaluated(tmp_path: Path) -> None:
     log_evaluation(run_dir, 20, 0.2, subset="5 of 30 images")
     _, text = read_page(write_report(run_dir))
     assert "Only a subset, 5 of 30 images" in text and "0.200" in text
+
+
+def test_pictures_are_of_the_evaluation_that_the_page_shows(run_dir: Path) -> None:
+    write_evaluation(run_dir, 60, 0.2)
+    path = run_dir / "evaluations" / "step_00000060" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"subset": "5 of 30 images"}))
+    assert read_run(run_dir).evaluations[-1].step == 60
+    source, _ = read_page(write_report(run_dir))
+    pictures = source[source.index("<h2>Examples") :]
+    assert pictures.startswith('<h2>Examples</h2><p class="note">Evaluation at step 40.</p>')
+    first, second = (
+        {
+            f"score {box['score']:.3f}"
+            for example in json.loads(file.read_text())
+            for box in example["detections"]
+        }
+        for file in sorted(run_dir.glob("evaluations/*/examples.json"))
+    )
+    assert set(re.findall(r"score \d\.\d{3}", pictures)) == first != second
+
+
+def test_names_of_the_ground_truth_stand_below_the_picture(run_dir: Path) -> None:
+    path = run_dir / "evaluations" / "step_00000040" / "examples.json"
+    example = json.loads(path.read_text())[0]
+    named = [("ring_(r)", "r"), ("cup", "f"), ("cup", "f"), *((f"c{n:02}", "c") for n in range(20))]
+    boxes = [{"name": n, "frequency": f, "bbox": [9, 9, 30, 30]} for n, f in named]
+    path.write_text(json.dumps([example | {"ground_truth": boxes, "image_id": 7}]))
+    _, text = read_page(write_report(run_dir))
+    words = " ".join(text[text.index("Image 7") :].split())
+    assert words.startswith("Image 7, 23 boxes: ring (r) , cup x 2, c00, c01, ")
+    assert "c09, and 10 other categories" in words and "c10" not in words
+
+
+def test_a_picture_that_is_too_low_for_a_name_has_none(run_dir: Path) -> None:
+    path = run_dir / "evaluations" / "step_00000040" / "examples.json"
+    example = json.loads(path.read_text())[0]
+    for height, named in ((example["height"], True), (4, False)):
+        path.write_text(json.dumps([example | {"height": height}]))
+        source, _ = read_page(write_report(run_dir))
+        assert ('<g class="name' in source) == named and 'class="found' in source
+
+
+def lines_of_a_resumed_run(run_dir: Path, **more: Any) -> None:
+    """Stopped after step 57; the line at 60 is of three steps, which took longer."""
+    windows = [(s, 10) for s in (10, 20, 30, 40, 50)] + [(57, 7), (60, 3)]
+    lines = [
+        {"event": "step", "step": step, "seconds": 5.0 if size == 3 else 1.0, "steps": size}
+        | {"data_wait": 0.1, "samples": {"a": size * 4}}
+        | more
+        for step, size in windows
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_time_and_samples_of_a_run_that_was_stopped_between_lines(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "run", 60)
+    lines_of_a_resumed_run(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert training_seconds(run.steps) == pytest.approx(57 + 3 * 5)
+    assert samples_by_source(run) == (60, {"a": 240})
+    without_the_stop = [line for line in run.steps if line["step"] != 57]
+    assert training_seconds(without_the_stop) == pytest.approx(50 + 3 * 5), "not 50 + 10 * 5"
+    old = [{key: line[key] for key in line if key != "steps"} for line in run.steps]
+    assert training_seconds(old) == pytest.approx(57 + 3 * 5), "steps since the line before"
+
+
+def test_samples_are_the_newest_that_the_run_counted(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_recipe(run_dir, 60)
+    lines_of_a_resumed_run(run_dir)
+    log_evaluation(run_dir, 50, 0.1, consumed=consumed(100))
+    assert samples_by_source(read_run(run_dir)) == (50, {"lvis": 100, "imagenet_lvis": 50})
+    _, text = read_page(write_report(run_dir))
+    assert "samples by source, up to step 50" in text
+    lines_of_a_resumed_run(run_dir, consumed={"samples": {"a": 239}, "instances": {}})
+    log_evaluation(run_dir, 50, 0.1, consumed=consumed(100))
+    assert samples_by_source(read_run(run_dir)) == (60, {"a": 239})
+
+
+def test_each_kind_of_waiting_has_its_part_of_the_time(run_dir: Path) -> None:
+    source, text = read_page(write_report(run_dir))
+    assert "forward, backward, update, saving" in text and "saving checkpoints" not in text
+    waits = {"checkpoint_wait": 0.3, "evaluation_wait": 0.2, "teacher_wait": 0.0}
+    lines_of_a_resumed_run(run_dir, **waits, seconds=1.0)
+    source, text = read_page(write_report(run_dir))
+    for words in (
+        "forward, backward, update: 40.0%",
+        "waiting for data: 10.0%",
+        "waiting for teacher: 0.0%",
+        "saving checkpoints: 30.0%",
+        "waiting for evaluation: 20.0%",
+    ):
+        assert f"<title>{words}</title>" in source
+    lines_of_a_resumed_run(run_dir, **waits, seconds=0.5)
+    source, _ = read_page(write_report(run_dir))
+    assert "update: 0.0%" in source and "saving checkpoints: 50.0%" in source
+
+
+def test_memory_says_whose_and_that_it_is_a_peak(run_dir: Path) -> None:
+    _, text = read_page(write_report(run_dir))
+    assert "first worker, peak resident memory so far" in text
+    assert "first worker, peak allocated GPU memory so far" in text
+
+
+def test_every_drawn_ap_was_logged(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_recipe(run_dir, 1000)
+    for step in range(3, 903, 3):
+        log_evaluation(run_dir, step, 0.9 if step == 450 else 0.1 + step / 10_000)
+    one, other = write_report(run_dir), tmp_path / "c.html"
+    write_comparison([run_dir, run_dir], other)
+    curve = read_run(run_dir).curve
+    known = {key: points(curve, key) for key in ("AP", "APr", "APc", "APf")}
+    logged = {f"{x:.0f}|{format_number(y)}" for pairs in known.values() for x, y in pairs}
+    for source in (read_page(one)[0], read_page(other)[0]):
+        lines = re.findall(r'data-x="step" data-at="([^"]*)"', source)
+        assert len(lines) in (4, 8) and "mean of step" not in source
+        for line in lines:
+            pairs = line.split(";")
+            assert set(pairs) <= logged and len(pairs) > 100
+            assert (pairs[0].split("|")[0], pairs[-1].split("|")[0]) == ("3", "900")
+            assert any(pair.startswith("450|") for pair in pairs), "the highest is not lost"
 
 
 def test_packages_that_matter_come_first(run_dir: Path) -> None:

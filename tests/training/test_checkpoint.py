@@ -28,6 +28,7 @@ from pipeline.training.checkpoint import (
     save,
 )
 from pipeline.training.engine import Engine, init_process_group, num_micro_batches
+from pipeline.training.locate import locate_checkpoint
 from pipeline.training.manifest import (
     checkpoint_dir,
     newest_verified,
@@ -168,8 +169,9 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept_and_unfinished_ones_removed(tmp_path: Path) -> None:
     unfinished = tmp_path / "run" / "checkpoints" / "step_00000002.tmp"
-    unfinished.mkdir(parents=True)
-    (unfinished / "weights.safetensors").write_bytes(b"half")
+    for folder in (unfinished, unfinished.with_name(".step_00000002.0123456789abcdef.tmp")):
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"half")
     save_steps(tmp_path, 1, 2, 3)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000003"]
@@ -319,7 +321,7 @@ def test_an_export_holds_the_detector_alone(tmp_path: Path) -> None:
         vocabulary(),
         1,
     )
-    output = export_detector(directory, tmp_path / "exported", use_ema=True)
+    output = export_detector(locate_checkpoint(directory), tmp_path / "exported")
     assert sorted(path.name for path in output.iterdir()) == [
         "manifest.json",
         "weights.safetensors",
@@ -328,8 +330,46 @@ def test_an_export_holds_the_detector_alone(tmp_path: Path) -> None:
     assert exported.keys() == {"detector." + name for name in ToyDetector().state_dict()}
     assert json.loads((output / "manifest.json").read_text())["step"] == 5
     with pytest.raises(StorageError, match="exists already"):
-        export_detector(directory, output, use_ema=True)
+        export_detector(locate_checkpoint(directory), output)
     shutil.rmtree(output)
+
+
+def test_an_export_touches_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    beside = tmp_path / "exported.tmp" / "mine.txt"
+    beside.parent.mkdir()
+    beside.write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    found = locate_checkpoint(directory)
+    output = export_detector(found, tmp_path / "exported")
+    assert beside.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == sorted([*before, output])
+    assert output.stat().st_mode == beside.parent.stat().st_mode, "others may read it, too"
+
+    def interrupt(*_: object) -> None:
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / "mine.txt").write_text("came in between")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.training.checkpoint.save_file", interrupt)
+        export_detector(found, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, output])
+
+    def take_the_name(path: Path) -> dict[str, object]:
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / "mine.txt").write_text("came in between")
+        return {}
+
+    monkeypatch.setattr("pipeline.training.manifest.file_digest", take_the_name)
+    with pytest.raises(StorageError, match="again could not be written"):
+        export_detector(found, tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["mine.txt"]
+    with pytest.raises(StorageError, match="Not a directory"):
+        export_detector(found, beside / "exported")
 
 
 @pytest.mark.slow
@@ -340,9 +380,9 @@ def test_any_stage_exports_the_same_detector(tmp_path: Path) -> None:
     for stage in stages:
         directory = newest_verified(tmp_path / f"stage{stage}_world2" / "run")
         assert directory is not None
-        output = export_detector(directory, tmp_path / f"exported_{stage}", use_ema=False)
+        output = export_detector(locate_checkpoint(directory), tmp_path / f"exported_{stage}")
         exported.append(load_file(output / "weights.safetensors"))
-        saved = load_weights(directory, ema=False)
+        saved = load_weights(directory, ema=True)
         assert all(torch.equal(exported[-1]["detector." + n], t) for n, t in saved.items())
     fresh = ToyDetector().state_dict()
     for weights in exported:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_checkpoint import cut_short, drop_manifest, make_recipe, save_steps
 
 from pipeline.errors import LongtailError, RecipeError, StorageError
@@ -20,7 +22,7 @@ def write_recipe(folder: Path, output: Path) -> Path:
 
 def test_a_folder_a_run_and_a_recipe_are_the_same_checkpoint(tmp_path: Path) -> None:
     older, newer = save_steps(tmp_path, 5, 6)
-    exported = export_detector(older, tmp_path / "exported", use_ema=True)
+    exported = export_detector(locate_checkpoint(older), tmp_path / "exported")
     elsewhere = write_recipe(tmp_path, tmp_path / "nowhere")
     recipe = make_recipe(tmp_path)
     assert locate_checkpoint(older).directory == older
@@ -30,6 +32,32 @@ def test_a_folder_a_run_and_a_recipe_are_the_same_checkpoint(tmp_path: Path) -> 
     named = locate_checkpoint(elsewhere, [f"output={tmp_path}", "evaluation.use_ema=false"])
     assert named.directory == newer
     assert not named.recipe.evaluation.use_ema, "the named recipe says how to evaluate"
+
+
+def test_an_export_holds_the_recipe_that_was_asked_for(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    recipe = write_recipe(tmp_path, tmp_path)
+    words = ["evaluation.use_ema=false", "data.transforms.evaluation_short_side=320"]
+    found = locate_checkpoint(recipe, words)
+    exported = locate_checkpoint(export_detector(found, tmp_path / "exported"))
+    assert exported.recipe == found.recipe
+    assert exported.recipe.data.transforms.evaluation_short_side == 320
+    assert exported.manifest.recipe_hash == found.recipe.hash() != found.manifest.recipe_hash
+    weights = load_file(exported.directory / "weights.safetensors")
+    plain = load_file(directory / "weights.safetensors")
+    assert all(torch.equal(weights[name], plain[name]) for name in weights)
+
+
+def test_a_recipe_that_learns_otherwise_is_refused(tmp_path: Path) -> None:
+    [directory] = save_steps(tmp_path, 5)
+    recipe = write_recipe(tmp_path, tmp_path)
+    for override, message in [
+        ("detector.num_queries=7", r"detector.num_queries was 900 and is 7.*name .*step_00000005"),
+        ("training.steps=7", r"run.yaml with its overrides: training.steps was \d+ and is 7"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            locate_checkpoint(recipe, [override])
+    assert locate_checkpoint(recipe, ["output=" + str(tmp_path)]).directory == directory
 
 
 def test_a_run_gives_its_newest_whole_checkpoint(tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ from pipeline.training import loop
 from pipeline.training.agreement import agree_on_step
 from pipeline.training.build import build_student
 from pipeline.training.checkpoint import load_detector, load_state
-from pipeline.training.log import RunLog, remove_lines_after, run_lock
+from pipeline.training.log import RunLog, run_lock
 from pipeline.training.loop import class_columns, join_process_group, train, train_here
 from pipeline.training.manifest import checkpoint_dir, newest_verified, verify
+from pipeline.training.metrics import remove_lines_after
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_lines_after_the_resumed_step_go_and_so_does_half_a_line(tmp_path: Path)
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"event": "step", "step": step}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"event": "st')
-    remove_lines_after(path, 2)
+    remove_lines_after(tmp_path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert path.read_text().endswith("\n")
 

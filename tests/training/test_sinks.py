@@ -13,9 +13,10 @@ from tiny_world import ENVIRONMENT, tiny_recipe
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
-from pipeline.training.log import RunLog, append_event
+from pipeline.training.log import RunLog
 from pipeline.training.loop import join_process_group
-from pipeline.training.sinks import open_sinks
+from pipeline.training.metrics import SinkFeed, append_event
+from pipeline.training.sinks import TensorBoardSink, open_sinks
 
 
 def write_a_run(recipe: Recipe) -> None:
@@ -61,6 +62,41 @@ def test_a_resumed_run_says_nothing_twice(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [(e.step, e.value) for e in board(recipe).Scalars("loss")] == [(1, 4), (2, 3), (3, 1.5)]
     assert [e.step for e in board(recipe).Scalars("evaluation_subset/AP")] == [1]
+
+
+def test_lines_that_come_after_the_trainer_are_passed_on_once(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    write_a_run(recipe)
+    append_event(recipe.run_dir, "evaluation", 2, {"AP": 0.75, "subset": "2 of 9"})
+    for _ in range(2):
+        SinkFeed(recipe).close()
+    points = [(e.step, e.value) for e in board(recipe).Scalars("evaluation_subset/AP")]
+    assert points == [(1, 0.25), (2, 0.75)]
+    assert len(board(recipe).Scalars("loss")) == 3
+
+
+def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    write_a_run(recipe)
+    with (recipe.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "step": 4, "lo')
+        file.flush()
+        SinkFeed(recipe).close()
+        file.write('ss": 1.25}\n')
+    SinkFeed(recipe).close()
+    assert [e.value for e in board(recipe).Scalars("loss")] == [4.0, 3.0, 2.0, 1.25]
+
+
+def test_a_sink_that_fails_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no way to the server")
+
+    monkeypatch.setattr(TensorBoardSink, "write", refuse)
+    write_a_run(tiny_recipe(tmp_path, "run"))
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("pipeline")]
+    assert warnings == ["TensorBoardSink failed and gets no more figures: no way to the server"]
 
 
 def test_sinks_are_chosen_by_the_recipe(tmp_path: Path) -> None:
