@@ -18,7 +18,7 @@ from pipeline.evaluation.annotated_boxes import AnnotatedBoxes, FoundBoxes, pars
 from pipeline.evaluation.coco_ap import AREAS, LIMITS, COCOFigures, coco_figures
 from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.entries import flags, integers, refuse
-from pipeline.evaluation.federated_ap import mean_defined
+from pipeline.evaluation.federated_ap import at_curve_thresholds, mean_defined
 from pipeline.evaluation.ground_truth import Annotations
 from pipeline.evaluation.matching import IOU_THRESHOLDS
 from pipeline.evaluation.operating import Judged, operating_point, precision_recall
@@ -144,10 +144,11 @@ def _curves(
     `precision` is (10 IoU thresholds, 101 recalls, C).
     """
     point = operating_point(judged, score_threshold)
+    columns = np.arange(precision.shape[-1])
     return {
         "protocols": {},
         "operating_point": None if point is None else point.to_json(),
-        "curves": precision_recall(precision, {"all": np.arange(precision.shape[-1])}),
+        "curves": precision_recall(at_curve_thresholds(precision), {"all": columns}),
     }
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pipeline.evaluation.matching import AREA_RANGES, IOU_THRESHOLDS, NUM_STATES, Matches
 
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+CURVE_THRESHOLDS = {"0.50": 0.5, "0.75": 0.75, "0.50:0.95": None}
+"""IoU of the precision-recall curves that are kept; None is the mean over all thresholds."""
 MAX_DETECTIONS = 300
 
 
@@ -43,8 +45,10 @@ LVIS, LVIS_1000 = top_of_image(MAX_DETECTIONS), top_of_image(1000)
 @dataclass(frozen=True, slots=True)
 class FederatedAP:
     """`precision` (10 thresholds, C, 4 areas), the mean over recalls; `recall` (10, C, 4), the
-    largest; `curves` (10, 101 recalls, C), precision over all areas. NaN where a category has no
-    ground truth in the area range."""
+    largest; `curves` (3, 101 recalls, C), precision over all areas at `CURVE_THRESHOLDS`.
+
+    NaN where a category has no ground truth in the area range.
+    """
 
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
@@ -124,7 +128,7 @@ def accumulate(matches: Matches, keep: NDArray[np.bool_]) -> FederatedAP:
     num_thresholds, num_recalls = len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS)
     precision = np.full((num_thresholds, num_categories, num_areas), np.nan)
     recall = np.full((num_thresholds, num_categories, num_areas), np.nan)
-    curves = np.full((num_thresholds, num_recalls, num_categories), np.nan)
+    curves = np.full((len(CURVE_THRESHOLDS), num_recalls, num_categories), np.nan)
     num_truth = np.zeros((num_categories, num_areas), np.int64)
     np.add.at(num_truth, matches.truth_column, matches.truth_counts)
     # Ties in score: the smaller image id first, then the image's own order.
@@ -143,8 +147,17 @@ def accumulate(matches: Matches, keep: NDArray[np.bool_]) -> FederatedAP:
             precision[:, column, area] = curve.mean(axis=1)
             recall[:, column, area] = reached
             if area == 0:
-                curves[:, :, column] = curve
+                curves[:, :, column] = at_curve_thresholds(curve)
     return FederatedAP(precision, recall, curves)
+
+
+def at_curve_thresholds(precision: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(10 IoU thresholds, ...) to (3, ...), at `CURVE_THRESHOLDS`."""
+    rows = [
+        precision.mean(axis=0) if iou is None else precision[np.argmax(IOU_THRESHOLDS == iou)]
+        for iou in CURVE_THRESHOLDS.values()
+    ]
+    return np.stack(rows)
 
 
 def _interpolate(

@@ -26,6 +26,7 @@ AREA_RANGES = {
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 NUM_STATES = len(AREA_RANGES) * len(IOU_THRESHOLDS)
+_BLOCK = 1 << 15
 # A detection needs this overlap, whatever the threshold: 1 itself must stay reachable.
 _FLOORS = np.tile(np.minimum(IOU_THRESHOLDS, 1 - 1e-10), len(AREA_RANGES))
 
@@ -202,15 +203,21 @@ def _overlaps(
     sizes = np.searchsorted(truth[0], found[0], side="right") - first
     detection = np.repeat(np.arange(len(found[0])), sizes)
     box = np.arange(len(detection)) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
-    a, b = found[1][detection], truth[1][box]
+    iou = np.empty(len(detection))
+    for start in range(0, len(detection), _BLOCK):  # corners of all edges at once take much memory
+        block = slice(start, start + _BLOCK)
+        iou[block] = _iou(found[1][detection[block]], truth[1][box[block]])
+    near = iou >= _FLOORS.min()
+    return detection[near], box[near], iou[near]
+
+
+def _iou(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of xywh boxes row by row; the order of operations is pycocotools', equal to the last bit."""
     low = np.maximum(a[:, :2], b[:, :2])
     high = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
     size = np.maximum(high - low, 0)
     intersection = size[:, 0] * size[:, 1]
-    # The order of these operations is pycocotools', so that the IoU is equal to the last bit.
-    iou = intersection / (a[:, 2] * a[:, 3] + b[:, 2] * b[:, 3] - intersection)
-    near = iou >= _FLOORS.min()
-    return detection[near], box[near], iou[near]
+    return intersection / (a[:, 2] * a[:, 3] + b[:, 2] * b[:, 3] - intersection)
 
 
 def _place_in_pair(pair: NDArray[np.int64], detection: NDArray[np.int64]) -> NDArray[np.int64]:

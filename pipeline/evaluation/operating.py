@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.federated_ap import RECALL_THRESHOLDS
+from pipeline.evaluation.federated_ap import CURVE_THRESHOLDS, RECALL_THRESHOLDS
 from pipeline.evaluation.matching import IOU_THRESHOLDS, Matches
-
-CURVE_THRESHOLDS = {"0.50": 0.5, "0.75": 0.75, "0.50:0.95": None}
 
 Curves = dict[str, object]
 """`recall`, 101 values, and `precision` at them: group -> IoU -> 101 values or None."""
@@ -99,19 +97,18 @@ def _best_threshold(judged: Judged) -> float | None:
 def precision_recall(
     precision: NDArray[np.float64], groups: dict[str, NDArray[np.int64]]
 ) -> Curves:
-    """Mean of each group of columns, out of interpolated `precision` (10 IoU thresholds, 101
-    recalls, C) over boxes of any size; NaN where it is not defined or not measured."""
+    """Mean of each group of columns, out of interpolated `precision` (3, 101 recalls, C) at
+    `CURVE_THRESHOLDS` over boxes of any size; NaN where it is not defined or not measured."""
     curves: dict[str, dict[str, list[float] | None]] = {}
     for group, columns in groups.items():
         part = precision[..., columns]
         part = part[..., ~np.isnan(part).all(axis=(0, 1))]
         curves[group] = {
-            name: _mean_curve(part[slice(None) if iou is None else IOU_THRESHOLDS == iou])
-            for name, iou in CURVE_THRESHOLDS.items()
+            name: _mean_curve(curve) for name, curve in zip(CURVE_THRESHOLDS, part, strict=True)
         }
     return {"recall": RECALL_THRESHOLDS.tolist(), "precision": curves}
 
 
 def _mean_curve(precision: NDArray[np.float64]) -> list[float] | None:
     measured = precision.size and not np.isnan(precision).any()
-    return precision.mean(axis=(0, 2)).tolist() if measured else None
+    return precision.mean(axis=1).tolist() if measured else None
