@@ -55,11 +55,11 @@ def _labels(run_dirs: Sequence[Path], runs: Sequence[RunData]) -> list[str]:
     paths = [Path(run_dir).resolve() for run_dir in run_dirs]
     longest = max(len(path.parts) for path in paths)
     labels = list(names)
-    for depth in range(2, longest + 1):
+    for depth in range(1, longest + 1):
         if len(set(labels)) == len(set(paths)):
             break
         labels = [
-            "/".join([*path.parts[-depth:-1], name]) if names.count(name) > 1 else name
+            "/".join(path.parts[-depth:]) if names.count(name) > 1 else name
             for name, path in zip(names, paths, strict=True)
         ]
     seen = [labels[: place + 1].count(label) for place, label in enumerate(labels)]

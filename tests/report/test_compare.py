@@ -173,6 +173,8 @@ def test_labels_tell_runs_of_one_name_apart(tmp_path: Path) -> None:
     expected = ["seed0/runs/quickstart", "seed1/runs/quickstart"]
     assert labels == [*expected, "seed1/runs/quickstart (2)"]
     assert [one.label for one in read_runs(paths)] == expected
+    moved = paths[0].rename(tmp_path / "baseline")
+    assert [one.label for one in read_runs([moved, paths[1]])] == ["baseline", "quickstart"]
 
 
 def test_more_runs_than_there_are_colours_are_numbered(tmp_path: Path) -> None:
