@@ -75,11 +75,12 @@ def _check_devices(recipe: Recipe) -> None:
     cluster, evaluation = recipe.cluster, recipe.evaluation
     if cluster.address is not None:
         return
-    cpus = max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker)
-    if evaluation.cpus > cpus:
+    trainers = cluster.workers * cluster.cpus_per_worker
+    spare = max(os.cpu_count() or 1, trainers) - trainers
+    if evaluation.cpus > spare:
         raise RecipeError(
-            f"recipe {recipe.name}: evaluation.cpus is {evaluation.cpus:g}, and this machine has "
-            f"{cpus:g}; 0 shares those of the trainers"
+            f"recipe {recipe.name}: evaluation.cpus is {evaluation.cpus:g}, and the trainers leave "
+            f"{spare:g} of this machine's; 0 shares those of the trainers"
         )
     if not cluster.gpus_per_worker and not evaluation.gpus:
         return

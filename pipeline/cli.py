@@ -195,7 +195,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
     plain = key.replace(".", "").replace("-", "")  # A hyphen, so that the right key is suggested.
-    return bool(equals) and plain.isidentifier() and not Path(word).exists()
+    return bool(equals) and plain.isidentifier() and not os.path.exists(word)
 
 
 VERBS = {

@@ -274,21 +274,20 @@ class LiveEvaluation:
             return False
         if self._task is not None and ray.wait([self._task], timeout=0)[0]:
             self._finish()
-        if self._task is None:
-            self._begin()
-        return self._task is not None
-
-    def _begin(self) -> None:
         waiting = waiting_for_evaluation(self._recipe.run_dir)
         while len(waiting) > self.MOST_WAITING:
-            self._give_up(waiting.pop(0), "training is faster than its evaluations")
-        if not waiting:
-            return
+            oldest = waiting.pop(0 if self._task is None or waiting[0] != self._subject else 1)
+            self._give_up(oldest, "training is faster than its evaluations")
+        if self._task is None and waiting:
+            self._begin(waiting[0])
+        return self._task is not None
+
+    def _begin(self, directory: Path) -> None:
         section, resources = self._recipe.evaluation, ray.cluster_resources()
         for resource, needed in (("CPU", section.cpus), ("GPU", section.gpus)):
             if needed > resources.get(resource, 0):
                 self._give_up(
-                    waiting[0],
+                    directory,
                     f"evaluation.{resource.lower()}s is {needed:g} and the cluster has "
                     f"{resources.get(resource, 0):g}",
                 )
@@ -299,7 +298,7 @@ class LiveEvaluation:
         cluster = self._recipe.cluster
         spare = resources.get("CPU", 0) - cluster.workers * cluster.cpus_per_worker
         threads = max(1, int(section.cpus or min(spare, MOST_SPARE_THREADS)))
-        self._subject = waiting[0]
+        self._subject = directory
         self._task = remote.remote(self._evaluate, self._recipe, (threads, os.getcwd()))
 
     def _give_up(self, directory: Path, reason: object) -> None:
@@ -309,9 +308,12 @@ class LiveEvaluation:
         )
 
     def drain(self, stop: threading.Event) -> None:
-        """Poll until nothing waits any longer, or until `stop`."""
-        while self.poll() and not stop.wait(POLL_S):
-            pass
+        """Poll until nothing waits any longer; `stop` raises `StopRequested` before."""
+        while self.poll():
+            if stop.wait(POLL_S):
+                raise StopRequested(
+                    "stopped with training done and evaluations under way; the same command goes on"
+                )
 
     def close(self) -> None:
         """End what is under way; its checkpoint waits for the next run of the command."""

@@ -25,7 +25,7 @@ def test_a_good_recipe_is_described(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation": {"cpus": 4096}}, "evaluation.cpus is 4096, and this machine has"),
+        ({"evaluation": {"cpus": 4096}}, "evaluation.cpus is 4096, and the trainers leave"),
         ({"evaluation": {"gpus": 64}}, "evaluation.gpus 64 and the trainers' GPUs are 64"),
         ({"logging": {"wandb": "tail"}}, "logging.wandb is set, and wandb is not installed"),
         ({"logging": {"trackio": "tail"}}, "logging.trackio is set, and trackio is not installed"),

@@ -69,6 +69,7 @@ EVALUATE_FILES = ["evaluate", "--annotations", "gt.json", "--detections", "dt.js
         (["check", "missing.yaml"], 78, "does not exist"),
         (["check", RECIPES / "tiny.yaml", "training.stepz=1"], 78, "did you mean 'steps'"),
         (["check", "training.steps=1"], 78, "no recipe given"),
+        (["check", f"data.train=[{'x' * 400}]"], 78, "no recipe given"),
         (["check", RECIPES / "tiny.yaml", RECIPES / "tiny.yaml"], 78, "two recipes have the name"),
         (["check", RECIPES / "tiny.yaml"], 78, "no checkpoint in"),
         (

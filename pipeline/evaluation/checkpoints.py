@@ -139,8 +139,9 @@ def evaluate_waiting(recipe: Recipe, device: torch.device | str = "cpu") -> str 
     truth = _boxes(recipe, annotations)
     # Not by the recipe's seed: runs with other seeds are to be compared.
     chosen = stratified_subset(truth, recipe.evaluation.subset_images)
+    before = time.monotonic()
     detections = detect_part(recipe, waiting[0], device, image_ids=chosen)
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - before
     results = _score(recipe, waiting[0], annotations, detections, seconds, subset=True)
     evaluation_done(waiting[0])
     figures = " ".join(f"{key} {format_fraction(results[key])}" for key in LIVE_KEYS)

@@ -118,7 +118,7 @@ def check_output(path: Path) -> None:
 def read_image_ids(path: str | Path) -> NDArray[np.int64]:
     """Image ids of a subset: a json list of ids, or the json of a data set with those `images`."""
     tree = read_json(path)
-    if isinstance(tree, dict) and isinstance(tree.get("images"), list):
+    if isinstance(tree, dict) and isinstance(tree.get("images"), list) and tree["images"]:
         return unique_ids(tree["images"], f"{path}: images")
     wrong = [value for value in tree if not is_whole(value)] if isinstance(tree, list) else None
     if not isinstance(tree, list) or wrong or not tree:

@@ -129,7 +129,7 @@ def save(
 
     publish(directory, manifest, write, replace=True)
     verify(directory)
-    keep_newest(recipe.run_dir, recipe.training.keep_checkpoints)
+    keep_newest(recipe.run_dir, recipe.training.keep_checkpoints, directory)
     return directory
 
 

@@ -197,13 +197,20 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def keep_newest(run_dir: Path, count: int) -> None:
+def keep_newest(run_dir: Path, count: int, saved: Path | None = None) -> None:
     """Remove all but the `count` newest checkpoints, and saves that did not finish.
 
-    Those that wait for their evaluation stay.
+    Those that wait for their evaluation stay; those of later steps than `saved` go.
     """
     waiting = waiting_for_evaluation(run_dir)
-    for directory in list_checkpoints(run_dir)[:-count]:
+    checkpoints = list_checkpoints(run_dir)
+    if saved is not None:
+        # Later ones are damaged, or the run would have gone on from there: they must not push out
+        # the one that was saved now.
+        for directory in checkpoints[checkpoints.index(saved) + 1 :]:
+            _discard(directory)
+        checkpoints = checkpoints[: checkpoints.index(saved) + 1]
+    for directory in checkpoints[:-count]:
         if directory not in waiting:
             _discard(directory)
     for pattern in (".step_*.tmp", "step_*.tmp"):

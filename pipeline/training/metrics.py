@@ -41,7 +41,10 @@ class SinkFeed:
             if not line.endswith(b"\n"):
                 break  # A kill cut it short.
             offset += len(line)
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # Not a line of ours, or the offset was in the middle of one.
             self._each(lambda sink, event=event: sink.write(event["step"], sink_values(event)))
         _write_offset(self._run_dir, offset)
 
@@ -94,8 +97,8 @@ def remove_lines_after(run_dir: Path, step: int) -> None:
                 kept.append(line)
                 passed += len(line) if place <= offset else 0
         if b"".join(kept) != path.read_bytes():
+            _write_offset(run_dir, passed)  # First: a kill in between must not skip lines.
             write_atomically(path, b"".join(kept).decode())
-            _write_offset(run_dir, passed)
 
 
 def _step_of(line: bytes) -> float:
@@ -106,12 +109,20 @@ def _step_of(line: bytes) -> float:
 
 
 def _read_offset(run_dir: Path) -> int:
-    path = run_dir / _PASSED_ON
-    return int(path.read_text()) if path.exists() else 0
+    """What a damaged file says counts as nothing: sinks rather hear twice than never again."""
+    metrics = run_dir / METRICS
+    size = metrics.stat().st_size if metrics.exists() else 0
+    try:
+        offset = int((run_dir / _PASSED_ON).read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+    return offset if 0 <= offset <= size else 0
 
 
 def _write_offset(run_dir: Path, offset: int) -> None:
-    (run_dir / _PASSED_ON).write_text(str(offset))
+    partial = run_dir / f"{_PASSED_ON}.tmp"
+    partial.write_text(str(offset))
+    partial.replace(run_dir / _PASSED_ON)
 
 
 @contextmanager

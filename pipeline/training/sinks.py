@@ -5,9 +5,10 @@ while there is one, which also passes on the figures of evaluations, else an eva
 """
 
 import importlib
+import logging
 import secrets
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -17,6 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -32,20 +35,25 @@ class Sink(Protocol):
 def open_sinks(recipe: Recipe, step: int | None = None) -> list[Sink]:
     """The sinks that the recipe names; with `step`, TensorBoard forgets what comes after it.
 
-    Raises `RecipeError` when the package of one is not installed.
+    Raises `RecipeError` when the package of one is not installed; one that cannot be opened for
+    another reason is left out with a warning.
     """
     section = recipe.logging
-    sinks: list[Sink] = []
-    with ExitStack() as opened:
-        if section.tensorboard:
-            sinks.append(TensorBoardSink(recipe.run_dir / "tensorboard", step))
-            opened.callback(sinks[-1].close)
-        if section.wandb is not None:
-            sinks.append(WandbSink(section.wandb, recipe))
-            opened.callback(sinks[-1].close)
-        if section.trackio is not None:
-            sinks.append(TrackioSink(section.trackio, recipe))
-        opened.pop_all()
+    wanted: list[Callable[[], Sink]] = []
+    if section.tensorboard:
+        wanted.append(lambda: TensorBoardSink(recipe.run_dir / "tensorboard", step))
+    if section.wandb is not None:
+        wanted.append(partial(WandbSink, section.wandb, recipe))
+    if section.trackio is not None:
+        wanted.append(partial(TrackioSink, section.trackio, recipe))
+    sinks = []
+    for make in wanted:
+        try:
+            sinks.append(make())
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever a service's client raises: no network, no key
+            logger.warning("figures go to one sink less, it cannot be opened: %s", error)
     return sinks
 
 

@@ -97,7 +97,9 @@ def test_a_subset_hides_no_detection_of_an_unknown_image(
         evaluate_files(*files, images=tmp_path / "ids.json")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '["7"]', "[1.5]", "[true]", f"[{2**70}]", "3"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"images": []}', '["7"]', "[1.5]", "[true]", f"[{2**70}]", "3"]
+)
 def test_a_file_that_names_no_images(tmp_path: Path, content: str) -> None:
     (tmp_path / "ids.json").write_text(content)
     with pytest.raises(DataError, match=r"ids\.json: a subset is"):

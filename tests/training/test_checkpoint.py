@@ -177,6 +177,13 @@ def test_only_the_newest_are_kept_and_unfinished_ones_removed(tmp_path: Path) ->
     assert left == ["step_00000002", "step_00000003"]
 
 
+def test_a_damaged_later_one_does_not_push_out_what_is_saved_now(tmp_path: Path) -> None:
+    *_, later = save_steps(tmp_path, 10, 11, 12)
+    cut_short(later)
+    _, saved = save_steps(tmp_path, 4, 5)
+    assert newest_verified(tmp_path / "run") == saved and not later.exists()
+
+
 def flip_bit(directory: Path) -> None:
     path = directory / "optimizer.safetensors"
     data = bytearray(path.read_bytes())

@@ -99,6 +99,29 @@ def test_a_sink_that_fails_ends_nothing(
     assert warnings == ["TensorBoardSink failed and gets no more figures: no way to the server"]
 
 
+@pytest.mark.parametrize("damage", ["", "7", "-3", "99999999", "x"])
+def test_a_damaged_offset_ends_nothing(tmp_path: Path, damage: str) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    write_a_run(recipe)
+    (recipe.run_dir / ".passed_on").write_text(damage)
+    with RunLog(recipe, 3) as log:
+        log.write("step", 4, {"loss": 1.5})
+    assert [e.value for e in board(recipe).Scalars("loss")][-1] == 1.5
+
+
+def test_a_sink_that_cannot_be_opened_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no key")
+
+    monkeypatch.setattr(TensorBoardSink, "__init__", refuse)
+    recipe = tiny_recipe(tmp_path, "run")
+    write_a_run(recipe)
+    assert "cannot be opened: no key" in caplog.text
+    assert len((recipe.run_dir / "metrics.jsonl").read_text().splitlines()) == 5
+
+
 def test_sinks_are_chosen_by_the_recipe(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run", logging={"tensorboard": False})
     write_a_run(recipe)
