@@ -1,80 +1,18 @@
 """Attention: multi-scale deformable (Deformable DETR, section 4.1), and that among the queries."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shapes = Sequence[tuple[int, int]]
-"""(height, width) of each level."""
-
-
-class _SampleAndSum(torch.autograd.Function):
-    """Bilinear samples times weights, summed; samples are taken again in the backward pass.
-
-    They would be `num_levels * num_points` times the size of the queries. Against autograd's own
-    derivative this is as fast on small maps, 1.5 times as fast on large ones.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, grids: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
-        """(N, D, Q) from `maps` (N, D, S), `grids` (L, N, Q, P, 2) and `weights` (L, N, Q, P)."""
-        output = maps.new_zeros((*maps.shape[:2], grids.shape[2]))
-        for image, grid, weight in zip(_unflatten(maps, shapes), grids, weights, strict=True):
-            samples = _sample(image, grid)  # (N, D, Q, P)
-            output += samples.mul_(weight[:, None]).sum(-1)
-        ctx.save_for_backward(maps, grids, weights)
-        ctx.shapes = shapes
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        maps, grids, weights = ctx.saved_tensors
-        gradient = gradients[0][..., None]  # (N, D, Q, 1)
-        grad_maps, grad_grids, grad_weights = [], [], []
-        for image, grid, weight in zip(_unflatten(maps, ctx.shapes), grids, weights, strict=True):
-            samples = _sample(image, grid).mul_(gradient)
-            grad_weights.append(samples.sum(1))
-            torch.mul(gradient, weight[:, None], out=samples)
-            grad_image, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-                samples, image, grid, 0, 0, False, [True, True]
-            )
-            grad_maps.append(grad_image.flatten(2))
-            grad_grids.append(grad_grid)
-        return torch.cat(grad_maps, 2), torch.stack(grad_grids), torch.stack(grad_weights), None
-
-
-def _unflatten(maps: Tensor, shapes: Shapes) -> list[Tensor]:
-    """(N, D, S) to (N, D, h, w) for each level."""
-    parts = maps.split([height * width for height, width in shapes], dim=2)
-    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _sample(image: Tensor, grid: Tensor) -> Tensor:
-    return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False)
-
-
-def sample_and_sum(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples of `value`, over all levels and points.
-
-    `value` is (B, S, M, D) for M heads, with the levels of `shapes` (height, width) one after the
-    other along S; `locations` (B, Q, M, L, P, 2) are xy, 0 to 1 over a level's whole map, and read
-    zeros outside it; `weights` is (B, Q, M, L, P). Gives (B, Q, M * D).
-    """
-    batch, _, heads, depth = value.shape
-    # (B, Q, M, L, P, 2) to (L, B * M, Q, P, 2): grid_sample wants one image for each head.
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2).contiguous()
-    per_level = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).contiguous()
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # (B * M, D, S)
-    output: Tensor = _SampleAndSum.apply(maps, grids, per_level, shapes)
-    return output.view(batch, heads * depth, -1).transpose(1, 2)
+from pipeline.detectors.sampling import KernelChoice, Shapes, level_sizes, sample_and_sum
 
 
 class DeformableAttention(nn.Module):
     """Each query reads `num_points` samples of each level around its reference point or box."""
+
+    kernel: KernelChoice = "auto"
 
     def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -117,23 +55,40 @@ class DeformableAttention(nn.Module):
         level's whole map; `memory` is (B, S, dim), and `memory_mask` (B, S), True on padding.
         """
         batch, length, _ = query.shape
-        per_head = (batch, length, self.num_heads)
-        value = self.value_proj(memory).masked_fill(memory_mask[..., None], 0.0)
-        value = value.unflatten(2, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).view(*per_head, self.num_levels, self.num_points, 2)
-        weights = self.attention_weights(query).view(*per_head, -1).float().softmax(-1)
-        weights = weights.view(*per_head, self.num_levels, self.num_points)
-        centre = reference[:, :, None, :, None, :2]
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        # In place: a projection's derivative does not need its output.
+        value = self.value_proj(memory).masked_fill_(memory_mask[..., None], 0.0)
+        offsets = self.sampling_offsets(query).float().unflatten(2, (heads, -1))
+        weights = self.attention_weights(query).float().unflatten(2, (heads, -1)).softmax(-1)
         if reference.shape[-1] == 2:
-            unit = offsets.new_tensor([(w, h) for h, w in shapes], dtype=torch.float32).reciprocal()
-            locations = centre + offsets.float() * unit[:, None]
+            widths_and_heights = level_sizes(shapes, query.device).flip(1)
+            unit = self._per_coordinate(widths_and_heights.reciprocal())
         else:
-            half_size = reference[:, :, None, :, None, 2:] * 0.5
-            locations = centre + offsets.float() / self.num_points * half_size
-        # Sampling stays in float32: in bfloat16 a location is not exact to a pixel.
-        with torch.autocast(query.device.type, enabled=False):
-            output = sample_and_sum(value.float(), shapes, locations, weights)
-        return self.output_proj(output.to(value.dtype))
+            unit = self._per_coordinate(reference[..., 2:] * (0.5 / points))
+        # Locations stay float32: in bfloat16 one is not exact to a pixel.
+        centre = self._per_coordinate(reference[..., :2].float())
+        locations = torch.addcmul(centre, offsets, unit)
+        output = sample_and_sum(
+            value.unflatten(2, (heads, -1)),
+            shapes,
+            locations.view(batch, length, heads, levels, points, 2),
+            weights.view(batch, length, heads, levels, points),
+            self.kernel,
+        )
+        return self.output_proj(output)
+
+    def _per_coordinate(self, pairs: Tensor) -> Tensor:
+        """(..., L, 2) to (..., 1, L * P * 2): one long row for each query is several times as fast
+        to add and multiply as broadcast pairs."""
+        repeated = pairs[..., None, :].expand(*pairs.shape[:-1], self.num_points, 2)
+        return repeated.flatten(-3)[..., None, :]
+
+
+def use_kernel(module: nn.Module, kernel: KernelChoice) -> None:
+    """Let all deformable attention within `module` sample by the recipe's `detector.kernel`."""
+    for part in module.modules():
+        if isinstance(part, DeformableAttention):
+            part.kernel = kernel
 
 
 class QueryAttention(nn.Module):

@@ -16,11 +16,12 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """Generalised IoU (Rezatofighi et al. 2019) of xyxy boxes, elementwise with broadcasting.
 
     (..., 4) and (..., 4) give (...); pass `a[:, None]` and `b[None]` for all pairs. A box without
-    area has IoU 0 with everything, and the result is always finite.
+    area has IoU 0 with everything, and the result is always finite: `eps` is added to both
+    denominators, with the value of the DETR family's code, which small boxes feel.
     """
     area_a = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
@@ -29,9 +30,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = overlap.clamp(min=0).prod(-1)
     hull_area = hull.clamp(min=0).prod(-1)
     union = area_a + area_b - intersection
-    smallest = torch.finfo(a.dtype).tiny
-    iou = intersection / union.clamp(min=smallest)
-    return iou - (hull_area - union) / hull_area.clamp(min=smallest)
+    return intersection / (union + eps) - (hull_area - union) / (hull_area + eps)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:

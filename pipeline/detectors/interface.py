@@ -31,10 +31,12 @@ class MatchedRegions(NamedTuple):
 
 class TrainingOutput(NamedTuple):
     """Losses of a micro-batch by log key, unweighted by gradient accumulation or world size, and
-    what the semantic branch learns from."""
+    what the semantic branch learns from: `matched` regions, then denoising ones where there are
+    any, of the last layer; `earlier` has the same of each layer before it, from the first on."""
 
     losses: dict[str, Tensor]
     matched: tuple[MatchedRegions, ...]
+    earlier: tuple[tuple[MatchedRegions, ...], ...] = ()
 
 
 class LossContext(NamedTuple):
@@ -42,11 +44,13 @@ class LossContext(NamedTuple):
 
     `num_boxes` is the number of boxes in the global batch (at least 1): the one normaliser.
     `class_columns` is (K,) int64, the columns that the federated class loss visits, or None for
-    all of them. They are the same on every rank and in every micro-step.
+    all of them. They are the same on every rank and in every micro-step. `num_images` is the number
+    of images in the global batch, which image-level losses are divided by.
     """
 
     num_boxes: float
     class_columns: Tensor | None
+    num_images: float = 1.0
 
 
 class Detector(Protocol):

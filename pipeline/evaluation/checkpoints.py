@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.shards import Index, load_index, shards_url
-from pipeline.data.storage import read_bytes, resolve
-from pipeline.data.stream import EvaluationSet
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.shards.preparing import Index, load_index, shards_url
+from pipeline.data.storage.files import read_bytes, resolve
+from pipeline.data.stream.batches import EvaluationSet
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import LongtailError, RecipeError, StorageError
 from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.examples import save_examples
+from pipeline.evaluation.files import COCO_STYLE
 from pipeline.evaluation.ground_truth import (
     Annotations,
     GroundTruth,
@@ -38,13 +39,16 @@ from pipeline.evaluation.results import (
 from pipeline.evaluation.subset import stratified_subset
 from pipeline.evaluation.tables import format_comparison, format_fraction, format_table
 from pipeline.recipe import Recipe, Source
+from pipeline.recipe.data import EVALUATED_FORMATS
 from pipeline.training.checkpoint import load_detector
 from pipeline.training.device import worker_device
+from pipeline.training.locate import locate_checkpoint
 from pipeline.training.log import run_lock
 from pipeline.training.manifest import (
     MANIFEST,
     evaluation_done,
     file_digest,
+    is_one_file,
     newest_verified,
     read_manifest,
     waiting_for_evaluation,
@@ -57,16 +61,25 @@ OnImages = Callable[[int, int], None]
 """Told images done and images in all."""
 
 
-def checkpoint_to_evaluate(recipe: Recipe, *, official: bool = False) -> Path:
-    """The newest checkpoint, of a recipe that can be evaluated.
+def checkpoint_to_evaluate(
+    recipe: Recipe, *, official: bool = False, checkpoint: Path | None = None
+) -> Path:
+    """The newest checkpoint, of a recipe that can be evaluated, or another `checkpoint` with it.
 
-    A validation source in LVIS format is scored by LVIS's protocol, one in Objects365's by COCO's.
-    Raises `RecipeError` without one of them, or when the `official` package is wanted for another
-    than LVIS; `StorageError` without a checkpoint.
+    A validation source in LVIS format is scored by LVIS's protocol, others by COCO's.
+    Raises `RecipeError` without one of them, when the `official` package is wanted for another than
+    LVIS, or when the recipe's run has checkpoints of its own; `StorageError` without a checkpoint.
     """
     if _validation_source(recipe).format != "lvis" and official:
         raise RecipeError("--official runs the lvis package, and data.validation is not LVIS")
     directory = newest_verified(recipe.run_dir)
+    if checkpoint is not None:
+        if directory is not None:
+            raise RecipeError(
+                f"{recipe.run_dir} has checkpoints of its own, whose results must not mix with "
+                f"those of {checkpoint}; give the evaluation a run of its own: name=ANOTHER"
+            )
+        return locate_checkpoint(checkpoint).directory
     if directory is None:
         raise StorageError(f"no checkpoint in {recipe.run_dir}; run `longtail train` first")
     return directory
@@ -116,10 +129,15 @@ def score_newest(
 
 
 def evaluate_newest(
-    recipe: Recipe, device: torch.device | str = "cpu", *, official: bool = False
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    *,
+    official: bool = False,
+    checkpoint: Path | None = None,
 ) -> str:
-    """Evaluate the newest checkpoint on all images in this process; the table as text."""
-    directory = checkpoint_to_evaluate(recipe, official=official)
+    """Evaluate the newest checkpoint, or a given one, on all images in this process; the table as
+    text."""
+    directory = checkpoint_to_evaluate(recipe, official=official, checkpoint=checkpoint)
     started = time.monotonic()
     detections = detect_part(recipe, directory, device)
     seconds = time.monotonic() - started
@@ -172,10 +190,10 @@ LIVE_KEYS = ("AP", "APr", "APc", "APf")
 
 def _validation_source(recipe: Recipe) -> Source:
     source = recipe.data.validation
-    if source is None or source.format not in ("lvis", "objects365") or not source.annotations:
+    if source is None:
         raise RecipeError(
-            f"recipe {recipe.name}: evaluation needs data.validation, a source of format lvis or "
-            "objects365"
+            f"recipe {recipe.name}: evaluation needs data.validation, a source of format "
+            f"{' or '.join(EVALUATED_FORMATS)}"
         )
     return source
 
@@ -215,7 +233,7 @@ def _score(
             annotations,
             detections,
             origin=str(source.annotations),
-            name="Objects365",
+            name=COCO_STYLE[source.format],
             train_image_counts=counts,
         )
     assert detections.images is not None, "a detector says what it saw"
@@ -250,7 +268,9 @@ def _identity(recipe: Recipe, directory: Path, *, subset: bool) -> dict[str, obj
     section, source = recipe.evaluation, _validation_source(recipe)
     return {
         "data": [recipe.data.root, source.model_dump(mode="json")],
-        "checkpoint": file_digest(directory / MANIFEST)["sha256"],
+        "checkpoint": file_digest(directory if is_one_file(directory) else directory / MANIFEST)[
+            "sha256"
+        ],
         "max_detections": section.max_detections,
         "use_ema": section.use_ema,
         "example_images": section.example_images,

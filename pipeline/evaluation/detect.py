@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, normalise
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.detectors.interface import Detector, Predictions
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections

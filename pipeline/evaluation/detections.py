@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.storage import publish
+from pipeline.data.storage.files import publish
 from pipeline.errors import DataError
 from pipeline.evaluation.entries import EntryError, integers, numbers, reading, refuse
 
@@ -74,14 +74,19 @@ class Detections:
 
     def on_images(self, image_ids: NDArray[np.int64]) -> "Detections":
         """Those on some images, which are then all that is evaluated."""
-        rows = np.isin(self.image_id, image_ids)
+        return replace(self._where(np.isin(self.image_id, image_ids)), images=image_ids)
+
+    def above(self, score_threshold: float) -> "Detections":
+        """Those with a score of `score_threshold` or more."""
+        return self._where(self.score >= score_threshold)
+
+    def _where(self, rows: NDArray[np.bool_]) -> "Detections":
         return replace(
             self,
             image_id=self.image_id[rows],
             category_id=self.category_id[rows],
             bbox=self.bbox[rows],
             score=self.score[rows],
-            images=image_ids,
         )
 
     def save(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from PIL import ImageFont
 
-from pipeline.data.vocabulary import clean_name
+from pipeline.data.vocabulary.categories import clean_name
 
 MIN_LONG_SIDE = 640
 """Smaller pictures are enlarged before they are drawn on, so that names can be read."""
@@ -22,7 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A name and score, `width` pixels wide at `text_size`, in the middle of its plate."""
+    """A name and perhaps a score, `width` pixels wide at `text_size`, centred on its plate."""
 
     text: str
     text_size: int
@@ -49,7 +49,7 @@ def frame_on(canvas: Size, bbox: Sequence[float], picture: Size) -> Rectangle:
 
 def place_label(
     name: str,
-    score: float,
+    score: float | None,
     text_size: int,
     *,
     frame: Rectangle,
@@ -60,7 +60,8 @@ def place_label(
 
     Text wider than the canvas is made smaller, and then the name is shortened.
     """
-    text, size = _fitted(readable(name), f" {score:.2f}", text_size, canvas[0])
+    ending = "" if score is None else f" {score:.2f}"
+    text, size = _fitted(readable(name), ending, text_size, canvas[0])
     plate = _place(_plate_size(text, size), frame, canvas, taken)
     return Label(text, size, font(size).getlength(text), plate)
 

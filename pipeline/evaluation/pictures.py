@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from pipeline.data.vocabulary import Frequency
+from pipeline.data.vocabulary.categories import Frequency
 from pipeline.evaluation.labels import (
     Label,
     Rectangle,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch, Targets, collate
 from pipeline.data.images import read_image, to_rgb
 from pipeline.data.transforms import as_picture, evaluation_transform
-from pipeline.data.vocabulary import Vocabulary, clean_name
+from pipeline.data.vocabulary.categories import Vocabulary, clean_name
 from pipeline.detectors.interface import Detector, Predictions
 from pipeline.errors import DataError, RecipeError
 from pipeline.evaluation.detect import detect
@@ -62,7 +62,7 @@ class LoadedDetector:
         for number, image in enumerate(images):
             batch = evaluation_batch(_in_rgb(image, number), transforms, number)
             found = detect(self.detector, [batch], self.device, limit, self.vocabulary)
-            results.append(_above(found, score_threshold))
+            results.append(found.above(score_threshold))
         return results
 
     def only(self, names: Sequence[str]) -> "LoadedDetector":
@@ -144,17 +144,6 @@ def _in_rgb(image: Image.Image | str | Path, number: int) -> Image.Image:
     except DataError as error:
         name = f"number {number}" if isinstance(image, Image.Image) else image
         raise DataError(f"image {name}: {error}") from error
-
-
-def _above(found: Detections, score_threshold: float) -> Detections:
-    kept = found.score >= score_threshold
-    return replace(
-        found,
-        image_id=found.image_id[kept],
-        category_id=found.category_id[kept],
-        bbox=found.bbox[kept],
-        score=found.score[kept],
-    )
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.data.images import EXTENSIONS, read_image
-from pipeline.data.vocabulary import Category
+from pipeline.data.vocabulary.categories import Category
 from pipeline.errors import DataError, RecipeError
 from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.predict import LoadedDetector, load_detector

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.storage import publish_bytes
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.storage.files import publish_bytes
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections
 from pipeline.evaluation.entries import positions

@@ -6,32 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_dino import NUM_CATEGORIES, SMALL
 from torch import Tensor
 
 from pipeline.data.batch import Targets
 from pipeline.detectors import build_detector
 from pipeline.detectors.dino.detector import DinoDetector
 from pipeline.recipe import DetectorSection
-
-NUM_CATEGORIES = 12
-
-SMALL = {
-    "backbone": {
-        "name": "resnet10t",
-        "weights": None,
-        "norm": "group",
-        "frozen_stages": 0,
-        "arguments": {"channels": [16, 24, 32, 48], "stem_width": 8},
-    },
-    "hidden_dim": 32,
-    "num_heads": 4,
-    "num_points": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "ffn_dim": 48,
-    "num_queries": 15,
-    "denoising": {"num_queries": 12},
-}
 
 
 @pytest.fixture

@@ -25,8 +25,17 @@ def test_conversions_agree_with_torchvision_and_invert_each_other() -> None:
 def test_generalized_iou_agrees_with_torchvision() -> None:
     a, b = random_boxes(30, seed=1), random_boxes(40, seed=2)
     expected = generalized_box_iou(a, b)
-    torch.testing.assert_close(generalized_iou(a[:, None], b[None]), expected)
-    torch.testing.assert_close(generalized_iou(a, b[:30]), expected.diagonal())
+    torch.testing.assert_close(generalized_iou(a[:, None], b[None], eps=0.0), expected)
+    torch.testing.assert_close(generalized_iou(a, b[:30], eps=0.0), expected.diagonal())
+
+
+def test_small_boxes_feel_the_epsilon_of_the_public_code() -> None:
+    a, b = torch.tensor([0.1, 0.1, 0.11, 0.12]), torch.tensor([0.1, 0.1, 0.12, 0.12])
+    inside = generalized_iou(a, b)  # areas 2e-4 within 4e-4, which is the hull too
+    torch.testing.assert_close(inside, torch.tensor(2e-4 / 4.01e-4), rtol=1e-4, atol=0)
+    apart = generalized_iou(a, a + 0.1)  # of the hull of 0.11 x 0.12, 4e-4 is filled
+    expected = torch.tensor(-(0.0132 - 4e-4) / (0.0132 + 1e-6))
+    torch.testing.assert_close(apart, expected, rtol=1e-5, atol=0)
 
 
 def test_degenerate_boxes_give_finite_values_and_gradients() -> None:

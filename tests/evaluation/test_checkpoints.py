@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_world import prepare, tiny_recipe
+from tiny_world import in_line, prepare_here, tiny_recipe
 
-from pipeline.data.shards import prepare_source
+from pipeline.data.shards.preparing import prepare_source
 from pipeline.errors import DataError, RecipeError, StopRequested
 from pipeline.evaluation.average_precision import evaluate_coco
 from pipeline.evaluation.checkpoints import (
@@ -22,7 +22,7 @@ from pipeline.evaluation.checkpoints import (
 from pipeline.evaluation.detections import load_detections
 from pipeline.evaluation.ground_truth import load_annotations, parse_ground_truth
 from pipeline.recipe import Recipe
-from pipeline.training.loop import join_process_group, train, train_here
+from pipeline.training.loop import train, train_here
 from pipeline.training.manifest import (
     list_checkpoints,
     newest_verified,
@@ -50,17 +50,12 @@ def live_recipe(folder: Path, name: str, **training: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("live")
-    torch.set_num_threads(1)
-    join_process_group(torch.device("cpu"))
-    prepare(path)
-    recipe = live_recipe(path, "any")
+def folder(module_path: Path) -> Path:
+    prepare_here(module_path)
+    recipe = live_recipe(module_path, "any")
     assert recipe.data.validation is not None
-    prepare_source(
-        recipe.data.validation, recipe.data, lambda f, a: ((i, f(x)) for i, x in enumerate(a))
-    )
-    return path
+    prepare_source(recipe.data.validation, recipe.data, in_line)
+    return module_path
 
 
 def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
@@ -173,27 +168,45 @@ def test_the_last_evaluation_is_of_everything(live: Recipe) -> None:
     assert not is_evaluated(another)
 
 
-def test_objects365_is_evaluated_as_coco(folder: Path) -> None:
+def as_coco(raw: Path) -> None:
+    """The drawn Objects365 data once more in the form of COCO, with a crowd in it."""
+    tree = json.loads((raw / "objects365/zhiyuan_objv2_train.json").read_text())
+    for image in tree["images"]:
+        drawn = raw / "objects365" / image["file_name"]
+        image["file_name"] = f"{image['id']:012d}.jpg"
+        (raw / "coco").mkdir(exist_ok=True)
+        (raw / "coco" / image["file_name"]).write_bytes(drawn.read_bytes())
+    crowd = {"id": 10**6, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1}
+    tree["annotations"].append({**tree["annotations"][0], **crowd})
+    (raw / "coco.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("form", "annotations", "title"),
+    [
+        ("objects365", "objects365/zhiyuan_objv2_train.json", "Objects365 box AP, COCO"),
+        pytest.param("coco", "coco.json", "COCO box AP, IoU", marks=pytest.mark.slow),
+    ],
+)
+def test_exhaustive_data_sets_are_evaluated_as_coco(
+    folder: Path, form: str, annotations: str, title: str
+) -> None:
     """The figures are pycocotools' on the file of detections that the evaluation leaves."""
-    objects = {
-        "name": "objects365",
-        "format": "objects365",
-        "images": "objects365",
-        "annotations": "objects365/zhiyuan_objv2_train.json",
-    }
+    as_coco(folder / "raw")
+    objects = {"name": form, "format": form, "images": form, "annotations": annotations}
     recipe = tiny_recipe(
         folder,
-        "objects",
+        f"on_{form}",
         data={"train": [objects], "extra": [], "validation": {**objects, "name": "val"}},
         training={"steps": 3},
         evaluation={"every": 2, "subset_images": 6, "example_images": 2},
         semantic=None,
     )
     for source in recipe.data.sources:
-        prepare_source(source, recipe.data, lambda f, a: ((i, f(x)) for i, x in enumerate(a)))
+        prepare_source(source, recipe.data, in_line)
     train_here(recipe, partial(evaluate_all_waiting, recipe))
     text = evaluate_newest(recipe)
-    assert text.startswith("Objects365 box AP, COCO-style")
+    assert text.startswith(title)
     [live] = events(recipe, "evaluation")[:1]
     assert live["subset"] == "6 of 20 images" and live["APr"] is None
     stored = recipe.run_dir / "evaluations" / "step_00000003"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, Targets, collate
-from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.detectors.interface import Predictions
 from pipeline.errors import DataError
 from pipeline.evaluation.detect import detect, select_top

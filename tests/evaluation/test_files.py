@@ -25,16 +25,6 @@ from pipeline.evaluation.tables import format_table
 
 
 @pytest.fixture
-def tree() -> Tree:
-    return draw_annotations(21, num_images=10)
-
-
-@pytest.fixture
-def detections(tree: Tree) -> Detections:
-    return disturb(tree, 22)
-
-
-@pytest.fixture
 def files(tmp_path: Path, tree: Tree, detections: Detections) -> tuple[Path, Path]:
     (tmp_path / "gt.json").write_text(json.dumps(tree))
     detections.save(tmp_path / "dt.json")

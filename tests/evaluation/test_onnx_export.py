@@ -24,14 +24,13 @@ SIZE = 64, 90
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedDetector, Path]:
+def exported(module_path: Path) -> tuple[LoadedDetector, Path]:
     for package in onnx_export.PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed (extra `onnx`)")
-    folder = tmp_path_factory.mktemp("onnx")
-    loaded = load_detector(save_checkpoint(folder))
+    loaded = load_detector(save_checkpoint(module_path))
     # Scores of cells lie close together, so that a little noise changes their order.
     loaded.detector.encoder_class_embed.scale = 0.1  # type: ignore[union-attr, assignment]
-    path = folder / "new" / "detector.onnx"
+    path = module_path / "new" / "detector.onnx"
     path.parent.mkdir()
     path.with_name("detector.onnx.tmp").write_text("mine")
     comparison = export_onnx(loaded, path, SIZE)

@@ -13,9 +13,9 @@ from tiny_checkpoint import VOCABULARY, checkpoint_recipe, save_checkpoint
 from tiny_world import ENVIRONMENT, ROOT
 
 import pipeline
-from pipeline.data.index import load_index
-from pipeline.data.shards import prepare_source, shards_url
-from pipeline.data.stream import EvaluationSet
+from pipeline.data.shards.index import load_index
+from pipeline.data.shards.preparing import prepare_source, shards_url
+from pipeline.data.stream.batches import EvaluationSet
 from pipeline.errors import DataError, RecipeError, StorageError
 from pipeline.evaluation.detect import detect
 from pipeline.evaluation.predict import columns_of, load_detector

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federated_scenes import Tree, disturb, draw_annotations
+from federated_scenes import Tree, disturb
 from PIL import Image
 
-from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.errors import DataError
 from pipeline.evaluation.detections import Detections, load_detections
 from pipeline.evaluation.examples import choose_images, save_examples
@@ -21,16 +21,6 @@ from pipeline.evaluation.results import (
     write_results,
 )
 from pipeline.evaluation.tables import format_comparison, format_table
-
-
-@pytest.fixture
-def tree() -> Tree:
-    return draw_annotations(21, num_images=10)
-
-
-@pytest.fixture
-def detections(tree: Tree) -> Detections:
-    return disturb(tree, 22)
 
 
 def test_results_on_disk(tmp_path: Path, tree: Tree, detections: Detections) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tiny_world import tiny_recipe
 
-from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.detectors import build_detector
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoint import Progress, State, save

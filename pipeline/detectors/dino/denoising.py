@@ -5,6 +5,11 @@ query of each box, and queries that fill no whole group are unused. Each query o
 `1 / groups`, so a box counts once, as where DINO divides by one number of groups for the batch.
 With more boxes than `num_queries / 2`, a random subset of them makes one group, weighted so that
 the expectation is that of all boxes.
+
+The official code takes the groups of the image with the most boxes for the whole batch and fills
+the others' groups with empty queries, which take part in attention and count as background. There,
+an image's loss depends on which others share its batch, hence on workers and micro-batches, and
+memory on the boxes. Here it does not; with equal numbers of boxes both are the same.
 """
 
 from collections.abc import Sequence
@@ -43,7 +48,7 @@ class DenoisingLayout(NamedTuple):
         return torch.cat([same, matching], dim=2)
 
 
-class _Noise(NamedTuple):
+class Noise(NamedTuple):
     """One image's draw, on the CPU: everything that depends on the seed and the number of boxes."""
 
     group: Tensor
@@ -66,10 +71,10 @@ def make_denoising(
     positives, by one to two times that for negatives.
     """
     device = targets[0].boxes.device
-    draws = [_draw(section, target, num_categories) for target in targets]
-    drawn = _Noise(*(torch.stack(part) for part in zip(*draws, strict=True)))
+    draws = [draw_noise(section, target, num_categories) for target in targets]
+    drawn = Noise(*(torch.stack(part) for part in zip(*draws, strict=True)))
     image, query = drawn.positive.nonzero(as_tuple=True)  # on the CPU: it would wait for a GPU
-    noise = _Noise(*(part.to(device) for part in drawn))
+    noise = Noise(*(part.to(device, non_blocking=True) for part in drawn))
     most = max(1, *(len(target.labels) for target in targets))
     labels = torch.stack([_pad(target.labels, most) for target in targets])
     boxes = torch.stack([_pad(target.boxes.float(), most) for target in targets])
@@ -83,13 +88,14 @@ def make_denoising(
         torch.where(noise.flip | (true_labels < 0), noise.label, true_labels),
         # Corners may have changed places: the logit's bounds keep every side above zero.
         inverse_sigmoid(xyxy_to_cxcywh(corners.clamp(0, 1))).sigmoid(),
-        image.to(device),
-        query.to(device),
-        drawn.box[image, query].to(device),
+        image.to(device, non_blocking=True),
+        query.to(device, non_blocking=True),
+        drawn.box[image, query].to(device, non_blocking=True),
     )
 
 
-def _draw(section: recipe.Denoising, target: Targets, num_categories: int) -> _Noise:
+def draw_noise(section: recipe.Denoising, target: Targets, num_categories: int) -> Noise:
+    """The draw of an image, from its own `seed`; of its boxes only their number is looked at."""
     count, num_boxes = section.num_queries, len(target.labels)
     generator = torch.Generator().manual_seed(target.seed)
     chosen = min(num_boxes, count // 2)
@@ -110,7 +116,7 @@ def _draw(section: recipe.Denoising, target: Targets, num_categories: int) -> _N
     label = torch.randint(num_categories, (count,), generator=generator)
     sign = torch.randint(2, (count, 4), generator=generator) * 2.0 - 1.0
     size = torch.rand((count, 4), generator=generator) + (~positive[:, None])
-    return _Noise(
+    return Noise(
         group=torch.where(unused, -1, slot // max(2 * chosen, 1)),
         positive=positive,
         box=box,

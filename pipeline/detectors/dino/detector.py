@@ -1,20 +1,31 @@
-"""DINO (Zhang et al. 2022), four-scale, with a language or a linear class head."""
+"""DINO (Zhang et al. 2022), four-scale or five-scale, with a language or a linear class head."""
+
+import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import recipe
-from pipeline.data.batch import Targets
+from pipeline.data.batch import Targets, check_targets
+from pipeline.detectors.attention import use_kernel
 from pipeline.detectors.backbone import Backbone, FeatureMap, group_norm, resize_mask
 from pipeline.detectors.boxes import inverse_sigmoid
-from pipeline.detectors.dino.denoising import DenoisingLayout, make_denoising
+from pipeline.detectors.dino.denoising import make_denoising
 from pipeline.detectors.dino.heads import LanguageHead, LinearHead
+from pipeline.detectors.dino.image_level import (
+    choose_queries,
+    image_labels,
+    image_level_losses,
+    with_image_boxes,
+    without_image_level,
+)
 from pipeline.detectors.dino.losses import (
     LayerOutputs,
     Outputs,
     compute_losses,
 )
-from pipeline.detectors.dino.matcher import Matches
+from pipeline.detectors.dino.regions import features_at, matched_regions, with_chosen
 from pipeline.detectors.dino.transformer import (
     MLP,
     Decoder,
@@ -31,14 +42,23 @@ from pipeline.detectors.interface import (
     Predictions,
     TrainingOutput,
 )
-from pipeline.errors import RecipeError
+from pipeline.errors import DataError, RecipeError
+
+
+class LayerHeads(nn.ModuleList):
+    """A head for each decoder layer (detrex): layer i of (L, ...) features has the i-th."""
+
+    def forward(self, features: Tensor, *rest: Tensor | None) -> Tensor:
+        parts = zip(self, features, strict=True)
+        return torch.stack([head(part, *rest) for head, part in parts])
 
 
 class DinoDetector(nn.Module):
     """The detector of the recipe; see `pipeline.detectors.interface.Detector`.
 
-    `text_embeddings` (num_categories, D), unit rows, belong to the language head; they are kept as
-    a buffer and go into checkpoints.
+    `text_embeddings` (num_categories, D) belong to the language head, which looks at their
+    directions alone; the embedding of denoising labels reads them as they are (RichSem's are not
+    of unit length). They are kept as a buffer and go into checkpoints.
     """
 
     text_embeddings: Tensor | None
@@ -60,10 +80,18 @@ class DinoDetector(nn.Module):
         self.encoder = Encoder(section)
         self.query_selection = QuerySelection(section)
         self.decoder = Decoder(section)
+        use_kernel(self, section.kernel)
         text_embeddings = _checked_text(section, num_categories, text_embeddings)
         self.register_buffer("text_embeddings", text_embeddings)
-        self.class_embed, self.encoder_class_embed = self._class_head(), self._class_head()
-        self.bbox_embed, self.encoder_bbox_embed = _box_head(dim), _box_head(dim)
+        self.class_embed, self.bbox_embed = self._class_head(), _box_head(dim)
+        # The encoder's heads are others, but start as the decoder's do (official code).
+        self.encoder_class_embed = copy.deepcopy(self.class_embed)
+        self.encoder_bbox_embed = copy.deepcopy(self.bbox_embed)
+        if not section.shared_heads:
+            for name in ("class_embed", "bbox_embed"):
+                head = getattr(self, name)
+                layers = [copy.deepcopy(head) for _ in range(section.decoder_layers)]
+                setattr(self, name, LayerHeads(layers))
         if section.denoising.num_queries:
             self.label_embed = self._label_embedding()
 
@@ -75,8 +103,12 @@ class DinoDetector(nn.Module):
         context: LossContext | None = None,
     ) -> Predictions | TrainingOutput:
         """See `pipeline.detectors.interface.Detector`."""
+        if targets is not None:
+            self._check(targets, len(images))
         maps = self._feature_maps(images, mask)
-        positions = [map_position(level.mask, self.feature_dim) for level in maps]
+        section = self.section
+        encoding = section.hidden_dim, section.position_temperature, section.position_offset
+        positions = [map_position(level.mask, *encoding) for level in maps]
         memory = self.encoder(flatten_maps(maps), positions)
         queries, cells = self.query_selection(memory, self._best_score, self.encoder_bbox_embed)
         if targets is None:
@@ -88,7 +120,9 @@ class DinoDetector(nn.Module):
         """Names of parameters and buffers with one row per category, and the axis of the rows."""
         if self.text_embeddings is not None:
             return {"text_embeddings": 0}
-        heads = ("class_embed", "encoder_class_embed")
+        heads = ["class_embed", "encoder_class_embed"]
+        if isinstance(self.class_embed, LayerHeads):
+            heads[:1] = [f"class_embed.{layer}" for layer in range(len(self.class_embed))]
         names = [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
         if self.section.denoising.num_queries:
             names.append("label_embed.weight")
@@ -98,6 +132,13 @@ class DinoDetector(nn.Module):
         """Whether transformer layers are computed again in the backward pass to save memory."""
         self.encoder.activation_checkpointing = enabled
         self.decoder.activation_checkpointing = enabled
+
+    def _check(self, targets: list[Targets], num_images: int) -> None:
+        """Values are looked at only where that does not wait for a GPU."""
+        if len(targets) != num_images:
+            raise DataError(f"{num_images} images have {len(targets)} targets; give one for each")
+        if all(target.boxes.device.type == "cpu" for target in targets):
+            check_targets(targets, self.num_categories)
 
     def _feature_maps(self, images: Tensor, mask: Tensor) -> list[FeatureMap]:
         """Levels of hidden_dim channels: those of the backbone, then ever coarser ones."""
@@ -113,10 +154,12 @@ class DinoDetector(nn.Module):
         return levels
 
     def _predict(self, queries: Queries, memory: Memory) -> Predictions:
-        decoded = self.decoder(queries, memory, self.bbox_embed, None)
+        box_heads = self._of_layers(self.bbox_embed)
+        decoded = self.decoder(queries, memory, box_heads, None)
         hidden, reference = decoded.hidden[-1], decoded.references[-1]
         return Predictions(
-            self._classify(self.class_embed, hidden, None), self._boxes(hidden, reference)
+            self._classify(self._of_layers(self.class_embed)[-1], hidden, None),
+            _boxes(box_heads[-1], hidden, reference),
         )
 
     def _losses(
@@ -127,6 +170,9 @@ class DinoDetector(nn.Module):
         targets: list[Targets],
         context: LossContext,
     ) -> TrainingOutput:
+        section = self.section.losses
+        given, targets = targets, without_image_level(section, targets)
+        queries = queries._replace(boxes=with_image_boxes(section, queries.boxes, given))
         layout, attention = None, None
         num_matching, num_denoising = queries.boxes.shape[1], 0
         if self.section.denoising.num_queries:
@@ -137,11 +183,11 @@ class DinoDetector(nn.Module):
                 torch.cat([self._embed_labels(layout.labels), queries.content], dim=1),
                 torch.cat([layout.boxes, queries.boxes], dim=1),
             )
-        decoded = self.decoder(queries, memory, self.bbox_embed, attention)
+        decoded = self.decoder(queries, memory, self._of_layers(self.bbox_embed), attention)
         columns = context.class_columns
         predicted = LayerOutputs(
             self._classify(self.class_embed, decoded.hidden, columns),
-            self._boxes(decoded.hidden, decoded.references),
+            _boxes(self.bbox_embed, decoded.hidden, decoded.references),
         )
         denoising, matching = (
             LayerOutputs(*parts)
@@ -158,10 +204,33 @@ class DinoDetector(nn.Module):
         outputs = Outputs(matching, encoder, denoising if layout else None, layout)
         with torch.autocast(decoded.hidden.device.type, enabled=False):
             losses, matches = compute_losses(
-                self.section.losses, outputs, targets, context, self.num_categories
+                section, outputs, targets, context, self.num_categories
             )
-        hidden = decoded.hidden[-1]
-        return TrainingOutput(losses, _regions(hidden, num_denoising, matches, layout))
+        regions = matched_regions(decoded.hidden, num_denoising, matches, layout)
+        if section.image_level != "boxes":
+            hidden = decoded.hidden[:, :, num_denoising:]
+            found, regions = self._image_level(hidden, matching, given, context, regions)
+            losses |= found
+        return TrainingOutput(losses, regions[-1], tuple(regions[:-1]))
+
+    def _image_level(
+        self,
+        hidden: Tensor,
+        matching: LayerOutputs,
+        targets: list[Targets],
+        context: LossContext,
+        regions: list[tuple[MatchedRegions, ...]],
+    ) -> tuple[dict[str, Tensor], list[tuple[MatchedRegions, ...]]]:
+        """Losses of the image-level labels, and the regions with those that they fall on."""
+        section, columns = self.section.losses, context.class_columns
+        labels = image_labels(section, targets)
+        query = choose_queries(section, *matching, labels, columns, self.num_categories)
+        features = features_at(hidden, labels.image, query)
+        # The whole vocabulary, and not the step's columns: it is one query for each label.
+        logits = self._classify(self.class_embed, features, None)
+        with torch.autocast(hidden.device.type, enabled=False):
+            losses = image_level_losses(section, logits, labels, context)
+        return losses, with_chosen(regions, features, labels)
 
     def _class_head(self) -> LanguageHead | LinearHead:
         head, dim = self.section.class_head, self.feature_dim
@@ -172,7 +241,9 @@ class DinoDetector(nn.Module):
     def _label_embedding(self) -> nn.Module:
         if self.text_embeddings is None:
             return nn.Embedding(self.num_categories, self.feature_dim)
-        return nn.Linear(self.text_embeddings.shape[1], self.feature_dim, bias=False)
+        projection = nn.Linear(self.text_embeddings.shape[1], self.feature_dim, bias=False)
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        return projection
 
     def _embed_labels(self, labels: Tensor) -> Tensor:
         """(B, N) labels to (B, N, dim) content of denoising queries."""
@@ -185,29 +256,21 @@ class DinoDetector(nn.Module):
         if self.text_embeddings is None:
             return head(features, columns)
         text = self.text_embeddings if columns is None else self.text_embeddings[columns]
-        return head(features, text)
+        return head(features, F.normalize(text, dim=-1))
 
     def _best_score(self, cells: Tensor) -> Tensor:
         return self._classify(self.encoder_class_embed, cells, None).amax(-1)
 
-    def _boxes(self, hidden: Tensor, reference: Tensor) -> Tensor:
-        """Float32 cxcywh boxes from the normed features and the boxes that entered the layer."""
-        return (self.bbox_embed(hidden).float() + inverse_sigmoid(reference)).sigmoid()
+    def _of_layers(self, heads: nn.Module) -> list[nn.Module]:
+        """The head of each decoder layer."""
+        if isinstance(heads, LayerHeads):
+            return list(heads)
+        return [heads] * self.section.decoder_layers
 
 
-def _regions(
-    hidden: Tensor, num_denoising: int, matches: Matches, layout: DenoisingLayout | None
-) -> tuple[MatchedRegions, ...]:
-    """What the last layer's features (B, T, dim) were matched to; denoising queries come first."""
-    last = len(matches.image) - 2  # the encoder's matches follow those of the decoder layers
-    image, query, box = matches.image[last], matches.query[last], matches.box[last]
-    features = hidden[image, num_denoising + query]
-    matched = MatchedRegions(features, image, box, features.new_ones(len(features)).float())
-    if layout is None:
-        return (matched,)
-    copies = layout.weight[layout.image, layout.query].reciprocal()
-    positives = hidden[layout.image, layout.query]
-    return matched, MatchedRegions(positives, layout.image, layout.box, copies)
+def _boxes(head: nn.Module, hidden: Tensor, reference: Tensor) -> Tensor:
+    """Float32 cxcywh boxes from the normed features and the boxes that entered the layer."""
+    return (head(hidden).float() + inverse_sigmoid(reference)).sigmoid()
 
 
 def _input_projections(channels: list[int], section: recipe.DetectorSection) -> nn.ModuleList:

@@ -61,7 +61,8 @@ class LanguageHead(nn.Module):
 def _prior_bias(scale: float, text_dim: int) -> float:
     """The bias at which the mean score is `PRIOR`, the cosine of random directions being normal
     with variance `1 / text_dim`; by bisection over that distribution's quantiles."""
-    quantiles = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    # On the CPU whatever the default device: a model may be built on meta, which has no values.
+    quantiles = (torch.arange(2000, dtype=torch.float64, device="cpu") + 0.5) / 2000
     logits = math.sqrt(2) * torch.erfinv(2 * quantiles - 1) * scale * text_dim**-0.5
     low, high = -10 * scale, 0.0
     for _ in range(60):

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import recipe
 from pipeline.data.batch import Targets
 from pipeline.detectors.boxes import cxcywh_to_xyxy, generalized_iou
 from pipeline.detectors.dino.denoising import DenoisingLayout
+from pipeline.detectors.dino.focal import SumOfFocalLosses
 from pipeline.detectors.dino.matcher import Matches, PaddedTargets, match
+from pipeline.detectors.dino.negatives import column_positions, negative_weights
 from pipeline.detectors.interface import LossContext
 
 
@@ -44,41 +45,45 @@ class Assignment(NamedTuple):
 
 
 class ImageWeights(NamedTuple):
-    """(B,) weights of the class and of the box terms of each image."""
+    """(B,) weights of the class and of the box terms of each image, and (B, K) those of negatives
+    in each class column, None where all are 1 (`negatives.py`)."""
 
     classes: Tensor
     boxes: Tensor
+    negatives: Tensor | None = None
 
 
 def image_weights(targets: Sequence[Targets]) -> ImageWeights:
     """The weights of a batch, on the device of its boxes."""
-    like = targets[0].boxes
-    return ImageWeights(
-        like.new_tensor([target.class_weight for target in targets], dtype=torch.float32),
-        like.new_tensor([target.box_weight for target in targets], dtype=torch.float32),
-    )
+    pairs = [(target.class_weight, target.box_weight) for target in targets]
+    weights = torch.tensor(pairs, dtype=torch.float32)
+    classes, boxes = weights.to(targets[0].boxes.device, non_blocking=True).unbind(1)
+    return ImageWeights(classes, boxes)
 
 
 def pad_targets(
     targets: Sequence[Targets], class_columns: Tensor | None, num_categories: int
 ) -> PaddedTargets:
-    """One layout for a batch, with each label's position among the class columns in use."""
+    """One layout for a batch, with each label's position among the class columns in use.
+
+    Labels of images that are not to teach classes are left out, so matching does not see them.
+    """
     counts = [len(target.labels) for target in targets]
     like = targets[0].boxes
     boxes = like.new_full((len(targets), max(counts), 4), 0.5, dtype=torch.float32)
     labels = targets[0].labels.new_full((len(targets), max(counts)), -1)
     for i, (target, count) in enumerate(zip(targets, counts, strict=True)):
         boxes[i, :count] = target.boxes
-        labels[i, :count] = target.labels
+        if target.class_weight:
+            labels[i, :count] = target.labels
     if class_columns is None:
         return PaddedTargets(boxes, labels, counts)
-    position = labels.new_full((num_categories,), -1)
-    position[class_columns] = torch.arange(len(class_columns), device=labels.device)
+    position = column_positions(class_columns, num_categories)
     columns = torch.where(labels >= 0, position[labels.clamp(min=0)], -1)
-    learned = image_weights(targets).classes[:, None] > 0
-    assert not bool(((labels >= 0) & (columns < 0) & learned).any()), (
-        "context.class_columns lacks a label of this batch"
-    )
+    if labels.device.type == "cpu":  # A look at a GPU would wait for it.
+        assert not bool(((labels >= 0) & (columns < 0)).any()), (
+            "context.class_columns lacks a label of this batch"
+        )
     return PaddedTargets(boxes, columns, counts)
 
 
@@ -99,27 +104,24 @@ def focal_loss(
     assignment: Assignment,
     targets: PaddedTargets,
     image_weight: Tensor,
+    negatives: Tensor | None = None,
 ) -> Tensor:
-    """(L,) sum of the sigmoid focal loss (Lin et al. 2017) over queries and columns.
-
-    Every entry of `logits` (L, B, Q, K) counts as a negative; the few positives are then gathered
-    and corrected, so that no one-hot target is made.
-    """
+    """(L,) sum of the sigmoid focal loss over queries and columns; `logits` is (L, B, Q, K),
+    `negatives` (B, K) what a negative of each column weighs, 1 without it."""
     weight = assignment.weight * image_weight[:, None]
-    negatives = _focal(logits, section.focal_gamma) * (1 - section.focal_alpha)
-    total = (negatives.sum(-1) * weight).flatten(1).sum(1)
-    columns = targets.columns[assignment.image, assignment.box]
+    columns = targets.columns[assignment.image, assignment.box]  # (L, P)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
-    chosen = logits[layer, assignment.image, assignment.query, columns.clamp(min=0)]  # (L, P)
-    correction = section.focal_alpha * _focal(-chosen, section.focal_gamma)
-    correction = correction - (1 - section.focal_alpha) * _focal(chosen, section.focal_gamma)
-    pair_weight = weight[assignment.image, assignment.query] * (columns >= 0)
-    return total + (correction * pair_weight).sum(1)
-
-
-def _focal(logits: Tensor, gamma: float) -> Tensor:
-    """Focal loss of negatives, elementwise, without alpha; of positives for `-logits`."""
-    return logits.sigmoid() ** gamma * F.softplus(logits)
+    row = (layer * logits.shape[1] + assignment.image) * logits.shape[2] + assignment.query
+    total: Tensor = SumOfFocalLosses.apply(
+        logits,
+        weight,
+        row * logits.shape[3] + columns.clamp(min=0),
+        weight[assignment.image, assignment.query] * (columns >= 0),
+        section.focal_alpha,
+        section.focal_gamma,
+        negatives,
+    )
+    return total
 
 
 def box_losses(
@@ -144,7 +146,9 @@ def detection_losses(
 ) -> dict[str, Tensor]:
     """Weighted sums (L,) of the three terms; still to be divided by the number of boxes."""
     l1, giou = box_losses(outputs.boxes, assignment, targets, weights.boxes)
-    classes = focal_loss(section, outputs.logits, assignment, targets, weights.classes)
+    classes = focal_loss(
+        section, outputs.logits, assignment, targets, weights.classes, weights.negatives
+    )
     return {
         "class": section.weight_class * classes,
         "box_l1": section.weight_box_l1 * l1,
@@ -171,10 +175,13 @@ def compute_losses(
 
     Keys are `loss/class`, `loss/box_l1` and `loss/box_giou` for the last decoder layer, with
     `_0`, `_1`, ... for the earlier ones, `_encoder`, and `_dn`, `_dn_0`, ... for denoising. Each is
-    multiplied by its recipe weight and divided by `context.num_boxes`.
+    multiplied by its recipe weight and divided by `context.num_boxes`. The official code divides by
+    the mean number of boxes of a rank in one backward pass and takes the ranks' mean gradient: the
+    same for a single backward pass in a step, while here accumulation does not change it either.
     """
     padded = pad_targets(targets, context.class_columns, num_categories)
-    weights = image_weights(targets)
+    negatives = negative_weights(targets, padded, context.class_columns, num_categories)
+    weights = image_weights(targets)._replace(negatives=negatives)
     num_layers = len(outputs.decoder.logits)
     earlier = [f"_{layer}" for layer in range(num_layers - 1)]
     stacked = LayerOutputs(

@@ -73,7 +73,8 @@ def match(losses: recipe.Losses, logits: Tensor, boxes: Tensor, targets: PaddedT
     real = [costs[:, image, :, :count] for image, count in enumerate(targets.counts)]
     finite = all(bool(np.isfinite(block).all()) for block in real)
     pairs = [assign(block, image) for image, block in enumerate(real)]
-    image, query, box = torch.from_numpy(np.concatenate(pairs, axis=2)).to(device)
+    whole = torch.from_numpy(np.concatenate(pairs, axis=2))
+    image, query, box = whole.to(device, non_blocking=True)
     return Matches(image, query, box, finite)
 
 

@@ -62,14 +62,14 @@ def sine_embedding(position: Tensor, dim: int, temperature: float) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
-def map_position(mask: Tensor, dim: int) -> Tensor:
-    """Positional encoding (B, h * w, dim) of a map: y, then x, counted over the valid part, with
-    temperature 20 (DINO)."""
+def map_position(mask: Tensor, dim: int, temperature: float = 20.0, offset: float = 0.0) -> Tensor:
+    """Positional encoding (B, h * w, dim) of a map: y, then x, counted over the valid part, by
+    default with DINO's temperature."""
     valid = (~mask).float()
     y, x = valid.cumsum(1), valid.cumsum(2)
-    y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
-    x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-    both = [sine_embedding(axis, dim // 2, 20) for axis in (y, x)]
+    y = (y + offset) / (y[:, -1:, :] + 1e-6) * 2 * math.pi
+    x = (x + offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+    both = [sine_embedding(axis, dim // 2, temperature) for axis in (y, x)]
     return torch.cat(both, dim=-1).flatten(1, 2)
 
 
@@ -101,8 +101,10 @@ def grid_centres(memory: Memory) -> Tensor:
         y = torch.arange(height, device=device, dtype=torch.float32) + 0.5
         x = torch.arange(width, device=device, dtype=torch.float32) + 0.5
         cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        size = memory.valid_ratios[:, level] * cells.new_tensor([width, height])  # (B, 2)
-        centres.append(cells[None] / size[:, None])
+        sides = torch.tensor([width, height]).to(device, non_blocking=True)
+        size = memory.valid_ratios[:, level] * sides  # (B, 2)
+        # Whole again: a rounding error would move cells across the anchors' limits of 0.01, 0.99.
+        centres.append(cells[None] / size.round()[:, None])
     return torch.cat(centres, dim=1)
 
 
@@ -232,13 +234,14 @@ class QuerySelection(nn.Module):
         (features and boxes with gradient) for the encoder's loss.
 
         `score` gives (B, S) from the cells' features, `refine` a box delta. Cells without a usable
-        anchor are taken last; a map with fewer cells than queries gives fewer queries.
+        anchor are in the running as in the official code, all with the features of a cell of zeros
+        and the corner box; a map with fewer cells than queries gives fewer queries.
         """
         anchors, usable = anchor_boxes(memory)
         cells = memory.features.masked_fill(~usable[..., None], 0.0)
         cells = self.enc_output_norm(self.enc_output(cells))
         with torch.no_grad():
-            scores = score(cells).float().masked_fill(~usable, -math.inf)
+            scores = score(cells).float()
             count = min(self.num_queries, scores.shape[1])
             chosen = scores.topk(count, dim=1).indices[..., None]
         features = cells.gather(1, chosen.expand(-1, -1, cells.shape[-1]))
@@ -266,26 +269,26 @@ class Decoder(nn.Module):
         self,
         queries: Queries,
         memory: Memory,
-        refine: Callable[[Tensor], Tensor],
+        refine: Sequence[Callable[[Tensor], Tensor]],
         denoising_mask: Tensor | None,
     ) -> Decoded:
-        """`refine` gives the box delta of (B, T, dim) features; `denoising_mask` (B, N, T) holds
-        for the first N queries."""
+        """`refine` gives each layer's box delta of (B, T, dim) features; `denoising_mask` (B, N, T)
+        holds for the first N queries."""
         x, boxes = queries
         undetached = boxes
         ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], dim=-1)[:, None]
         hidden, references = [], []
         for number, layer in enumerate(self.layers):
-            # Positions are those in the unpadded image, so that padding does not move a query.
-            position = self.ref_point_head(box_position(boxes, self.dim))
             reference = boxes[:, :, None] * ratios
+            # Positions are those in the padded first level, as in the official code.
+            position = self.ref_point_head(box_position(reference[:, :, 0], self.dim))
             x = _run(
                 layer, self.activation_checkpointing, x, position, reference, memory, denoising_mask
             )
             hidden.append(self.norm(x))
             references.append(undetached)
             if number + 1 < len(self.layers):
-                undetached = (refine(x).float() + inverse_sigmoid(boxes)).sigmoid()
+                undetached = (refine[number](x).float() + inverse_sigmoid(boxes)).sigmoid()
                 boxes = undetached.detach()
         return Decoded(torch.stack(hidden), torch.stack(references))
 

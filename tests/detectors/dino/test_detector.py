@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_dino import SMALL
 from torch import Tensor
 
 from pipeline.data.batch import Targets
@@ -143,6 +144,19 @@ def test_matched_regions_name_each_box_once(
     assert matched.features.shape == (14, 32) and (matched.copies == 1).all()
     share = torch.zeros(4).index_add_(0, denoised.image, denoised.copies.reciprocal())
     torch.testing.assert_close(share, torch.tensor([3.0, 0.0, 2.0, 9.0]))
+
+
+def test_five_scales_take_the_finest_map_too(
+    make_detector: MakeDetector, make_targets: MakeTargets, images: Images
+) -> None:
+    backbone = SMALL["backbone"] | {"out_indices": [1, 2, 3, 4]}
+    detector = make_detector(backbone=backbone, num_feature_levels=5)
+    sizes = [tuple(level.features.shape[2:]) for level in detector._feature_maps(*images)]
+    assert sizes == [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    losses = train(detector, images, make_targets([3, 1, 2, 5])).losses
+    torch.stack(list(losses.values())).sum().backward()
+    finest = detector.input_proj[0][0].weight.grad
+    assert finest is not None and finest.abs().sum() > 0
 
 
 def test_prediction_needs_no_targets(make_detector: MakeDetector, images: Images) -> None:

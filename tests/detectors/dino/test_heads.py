@@ -28,6 +28,12 @@ def test_scores_start_near_the_prior(text_dim: int) -> None:
     assert 0.005 < linear < 0.02
 
 
+def test_a_head_can_be_built_without_memory() -> None:
+    with torch.device("meta"):
+        head = LanguageHead(8, 32, scale=100.0, bias=True)
+    assert head.bias is not None and head.bias.device.type == "meta" and head.bias.shape == (1,)
+
+
 def test_a_feature_of_zeros_is_safe() -> None:
     head = LanguageHead(8, 32, scale=100.0, bias=False)
     x = torch.zeros(1, 8, requires_grad=True)

@@ -126,6 +126,20 @@ def test_a_label_outside_the_columns_is_our_bug(make_targets: MakeTargets) -> No
     assert float(losses_of(unlearned, columns, outputs)["loss/class"]) > 0
 
 
+def test_labels_that_are_not_learned_do_not_choose_who_learns_the_box(
+    make_targets: MakeTargets,
+) -> None:
+    outputs = predictions()
+    off = [replace(target, class_weight=0.0) for target in make_targets([2, 0, 3])]
+    other = [replace(target, labels=(target.labels + 5) % 12) for target in off]
+    found, expected = losses_of(off, None, outputs), losses_of(other, None, outputs)
+    on = losses_of(make_targets([2, 0, 3]), None, outputs)
+    for key, value in found.items():
+        assert torch.equal(value, expected[key])
+        assert not key.startswith("loss/class") or float(value) == 0
+    assert found["loss/box_l1"] < on["loss/box_l1"]
+
+
 def test_not_finite_predictions_give_a_loss_that_is_not_finite(make_targets: MakeTargets) -> None:
     targets, outputs = make_targets([2, 0, 3]), predictions()
     outputs.boxes[0, 0, 7] = torch.nan

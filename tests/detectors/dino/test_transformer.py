@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from pipeline.detectors.backbone import FeatureMap
 from pipeline.detectors.dino.detector import DinoDetector
 from pipeline.detectors.dino.transformer import (
+    Memory,
+    Queries,
     anchor_boxes,
     box_position,
     flatten_maps,
@@ -30,6 +33,14 @@ def feature_maps(padding: int) -> list[FeatureMap]:
     return maps
 
 
+def encode(detector: DinoDetector, maps: list[FeatureMap]) -> Memory:
+    positions = [map_position(level.mask, detector.feature_dim) for level in maps]
+    with torch.no_grad():
+        memory = detector.encoder(flatten_maps(maps), positions)
+    assert isinstance(memory, Memory)
+    return memory
+
+
 def predict(detector: DinoDetector, maps: list[FeatureMap]) -> Predictions:
     positions = [map_position(level.mask, detector.feature_dim) for level in maps]
     memory = detector.encoder(flatten_maps(maps), positions)
@@ -37,16 +48,57 @@ def predict(detector: DinoDetector, maps: list[FeatureMap]) -> Predictions:
     return detector._predict(queries, memory)
 
 
-def test_more_padding_changes_nothing(make_detector: Callable[..., DinoDetector]) -> None:
+def test_more_padding_does_not_change_the_image_s_cells(
+    make_detector: Callable[..., DinoDetector],
+) -> None:
+    """Queries do change: their positions count the padding, and cells of padding are selected."""
     detector = make_detector(num_feature_levels=3, encoder_layers=2)
-    with torch.no_grad():
-        for parameter in detector.bbox_embed.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-        expected = predict(detector, feature_maps(0))
-        for padding in (1, 5):
-            result = predict(detector, feature_maps(padding))
-            torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(result.boxes, expected.boxes, atol=1e-4, rtol=1e-4)
+    for layer in detector.encoder.layers:
+        nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.2)
+        nn.init.normal_(layer.self_attn.attention_weights.weight)
+    expected = encode(detector, feature_maps(0))
+    for padding in (1, 5):
+        memory = encode(detector, feature_maps(padding))
+        cells = memory.features[~memory.mask][None]
+        torch.testing.assert_close(cells, expected.features, atol=1e-4, rtol=1e-4)
+        anchors, usable = anchor_boxes(memory)
+        torch.testing.assert_close(anchors[~memory.mask][None], anchor_boxes(expected)[0])
+        assert not usable[memory.mask].any()
+
+
+def test_query_positions_count_the_padding_of_the_first_level(
+    make_detector: Callable[..., DinoDetector],
+) -> None:
+    detector = make_detector(num_feature_levels=3)
+    memory = encode(detector, feature_maps(1))
+    seen: list[Tensor] = []
+    detector.decoder.ref_point_head.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4]]])
+    detector.decoder(Queries(torch.zeros(1, 1, 32), boxes), memory, [detector.bbox_embed] * 2, None)
+    # 6x8 cells of image in a first level of 8x9.
+    expected = box_position(boxes * torch.tensor([8 / 9, 6 / 8, 8 / 9, 6 / 8]), 32)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("width", [51, 67, 75, 97])
+def test_anchors_on_the_limit_are_not_moved_by_rounding(width: int) -> None:
+    """The outer cells of 50 stand at 0.01 and 0.99 exactly, which is outside, however wide the
+    map is with its padding."""
+    mask = torch.zeros(1, 20, width, dtype=torch.bool)
+    mask[:, :, 50:] = True
+    _, usable = anchor_boxes(flatten_maps([FeatureMap(torch.zeros(1, 32, 20, width), mask)]))
+    assert usable.view(20, width).sum(1).tolist() == [48] * 20
+
+
+def test_cells_of_padding_are_in_the_running(make_detector: Callable[..., DinoDetector]) -> None:
+    """As in the official code: they all have the features of a cell of zeros, and the corner."""
+    detector = make_detector(num_feature_levels=3)
+    selection, memory = detector.query_selection, encode(detector, feature_maps(1))
+    zeros = selection.enc_output_norm(selection.enc_output.bias)
+    chosen = selection(memory, lambda cells: -(cells - zeros).abs().sum(-1), lambda x: x[..., :4])
+    queries, cells = chosen
+    torch.testing.assert_close(queries.boxes, torch.ones_like(queries.boxes))
+    torch.testing.assert_close(cells.content, zeros.expand_as(cells.content))
 
 
 def test_map_position_follows_the_formula() -> None:
@@ -102,7 +154,7 @@ def test_boxes_start_as_anchors_and_look_forward_twice(
         return detector.bbox_embed(x)
 
     nn.init.normal_(list(detector.bbox_embed.parameters())[-2])
-    decoded = detector.decoder(queries, memory, refine, None)
+    decoded = detector.decoder(queries, memory, [refine, refine], None)
     (gradient,) = torch.autograd.grad(decoded.references[1].sum(), calls[0], retain_graph=True)
     assert gradient.abs().sum() > 0
     (gradient,) = torch.autograd.grad(decoded.references[0].sum(), calls[0])
