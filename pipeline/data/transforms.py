@@ -6,7 +6,6 @@ the generator that is passed in, because v2's random transforms draw from the gl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.data.plan.geometry import (
+    Rectangle,
+    fit_inside,
+    fit_short_side,
+    flip_and_crop,
+    train_view,
+)
 from pipeline.recipe import Transforms
 
 PAD_VALUE = 114
@@ -31,12 +36,14 @@ class Picture:
     """An image with its boxes.
 
     `image` is (3, H, W) uint8, `boxes` (N, 4) float32 xyxy in pixels, `labels` (N,) int64.
-    `vanished` counts the boxes that crops have left nothing of, so far.
+    `vanished` counts the boxes that crops have left nothing of, so far. `origin` (N, 2) says which
+    boxes they are: the number of the sample in its index, and of the box in the sample.
     """
 
     image: tv_tensors.Image
     boxes: tv_tensors.BoundingBoxes
     labels: Tensor
+    origin: NDArray[np.int64]
     vanished: int = 0
 
     @property
@@ -47,42 +54,55 @@ class Picture:
     def normalised_boxes(self) -> Tensor:
         """Boxes (N, 4) as cxcywh fractions of the image."""
         height, width = self.size
-        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        return box_convert(self.boxes.as_subclass(Tensor) / scale, "xyxy", "cxcywh")
+        # numpy's calls take a fraction of torch's, which is most of the time for so few numbers.
+        scale = np.array([width, height, width, height], dtype=np.float32)
+        corners = self.boxes.as_subclass(Tensor).numpy() / scale
+        low, high = corners[:, :2], corners[:, 2:]
+        return torch.from_numpy(np.concatenate([(low + high) / 2, high - low], axis=1))
 
     def keep(self, kept: Tensor) -> "Picture":
         """The same picture with the boxes for which `kept` (N,) bool is True."""
-        boxes = self.boxes.as_subclass(Tensor)[kept]
-        return replace(self, boxes=_boxes(boxes, self.size), labels=self.labels[kept])
-
-
-class Rectangle(NamedTuple):
-    """A part of an image, in whole pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
+        boxes = as_boxes(self.boxes.as_subclass(Tensor)[kept], self.size)
+        labels, origin = self.labels[kept], self.origin[kept.numpy()]
+        return replace(self, boxes=boxes, labels=labels, origin=origin)
 
 
 def as_picture(
-    image: Image.Image, boxes: NDArray[np.float32], labels: NDArray[np.int64]
+    image: Image.Image | NDArray[np.uint8],
+    boxes: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    origin: NDArray[np.int64] | None = None,
 ) -> Picture:
-    """A decoded RGB image with its boxes, xyxy in pixels."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """A decoded RGB image with its boxes, xyxy in pixels; an (H, W, 3) array is not copied.
+
+    Without an `origin` its boxes are all those of sample 0.
+    """
+    array = image if isinstance(image, np.ndarray) else np.array(image)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
     return Picture(
         image=tv_tensors.Image(pixels),
-        boxes=_boxes(torch.from_numpy(boxes.reshape(-1, 4)), pixels.shape[1:]),
+        boxes=as_boxes(torch.from_numpy(boxes.reshape(-1, 4)), pixels.shape[1:]),
         labels=torch.from_numpy(labels),
+        origin=origins(0, len(labels)) if origin is None else origin,
     )
 
 
-def train_transform(picture: Picture, transforms: Transforms, rng: np.random.Generator) -> Picture:
-    """Flip, DINO's crop branch (resize, crop), then a resize to one of the short sides."""
-    flip, part = _flip_and_crop(picture.size, transforms, rng, transforms.crop_probability)
-    short_side = _choose(transforms.short_sides, rng)
-    size = fit_short_side((part.height, part.width), short_side, transforms.max_side)
-    return _render(picture, part, size, flip)
+def origins(sample: int, number: int) -> NDArray[np.int64]:
+    """(N, 2) of all `number` boxes of a sample."""
+    return np.stack([np.full(number, sample), np.arange(number)], axis=1)
+
+
+def train_transform(
+    picture: Picture,
+    transforms: Transforms,
+    rng: np.random.Generator,
+    shape_seed: int | None = None,
+) -> Picture:
+    """A training photograph as `geometry.train_view` draws it."""
+    view = train_view(picture.size, transforms, rng, shape_seed)
+    result = _render(picture, view.part, view.size, view.flip)
+    # Jitter makes an image up to ten times smaller, with all that is in it.
+    return _without_vanished(result, MIN_SIDE) if transforms.large_scale_jitter else result
 
 
 def mosaic_transform(
@@ -95,12 +115,12 @@ def mosaic_transform(
     """
     cell = transforms.mosaic_cell
     centre_y, centre_x = (int(cell * rng.uniform(0.5, 1.5)) for _ in range(2))
-    canvas = torch.full((3, 2 * cell, 2 * cell), PAD_VALUE, dtype=torch.uint8)
-    boxes, labels, vanished = [], [], 0
+    canvas = torch.full((2 * cell, 2 * cell, 3), PAD_VALUE, dtype=torch.uint8).permute(2, 0, 1)
+    boxes, labels, origins, vanished = [], [], [], 0
     assert len(pictures) == 4
     for k, picture in enumerate(pictures):
         probability = transforms.extra_crop_probability
-        flip, part = _flip_and_crop(picture.size, transforms, rng, probability)
+        flip, part = flip_and_crop(picture.size, transforms, rng, probability)
         height, width = fit_inside((part.height, part.width), cell)
         piece = _render(picture, part, (height, width), flip)
         top = centre_y - height if k < 2 else centre_y
@@ -111,13 +131,15 @@ def mosaic_transform(
         canvas[:, y : y + visible.shape[1], x : x + visible.shape[2]] = visible
         boxes.append(piece.boxes + torch.tensor([left, top, left, top]))
         labels.append(piece.labels)
+        origins.append(piece.origin)
         vanished += piece.vanished
-    placed = _boxes(torch.cat(boxes), canvas.shape[1:])
+    placed = as_boxes(torch.cat(boxes), canvas.shape[1:])
     return _without_vanished(
         Picture(
             image=tv_tensors.Image(canvas),
             boxes=F.clamp_bounding_boxes(placed),
             labels=torch.cat(labels),
+            origin=np.concatenate(origins),
             vanished=vanished,
         ),
         MIN_MOSAIC_SIDE,
@@ -131,47 +153,11 @@ def evaluation_transform(picture: Picture, transforms: Transforms) -> Picture:
     return _resized_crop(picture, Rectangle(0, 0, *picture.size), size)
 
 
-def fit_short_side(size: tuple[int, int], short_side: int, max_side: int) -> tuple[int, int]:
-    """Scale (height, width) so that the short side is `short_side` and none is over `max_side`."""
-    scale = min(short_side / min(size), max_side / max(size))
-    return _scaled(size, scale, max_side)
-
-
-def fit_inside(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Scale (height, width) to the largest that fits a square of `side`."""
-    return _scaled(size, side / max(size), side)
-
-
-def _scaled(size: tuple[int, int], scale: float, max_side: int) -> tuple[int, int]:
-    # A very long and thin image keeps at least one pixel.
-    height, width = (min(max(round(side * scale), 1), max_side) for side in size)
-    return height, width
-
-
-def _flip_and_crop(
-    size: tuple[int, int],
-    transforms: Transforms,
-    rng: np.random.Generator,
-    crop_probability: float,
-) -> tuple[bool, Rectangle]:
-    """Draw the flip and the part of an image of `size` that is kept."""
-    flip = bool(rng.random() < transforms.flip_probability)
-    if rng.random() >= crop_probability:
-        return flip, Rectangle(0, 0, *size)
-    # The crop is drawn in pixels of the resized image and made in those of the original.
-    short_side = _choose(transforms.crop_short_sides, rng)
-    spans = []
-    for side, scaled in zip(
-        size, fit_short_side(size, short_side, transforms.max_side), strict=True
-    ):
-        low, high = (min(bound, scaled) for bound in sorted(transforms.crop_sizes))
-        length = _integer(low, high, rng)
-        start = _integer(0, scaled - length, rng)
-        first = min(round(start * side / scaled), side - 1)
-        stop = max(round((start + length) * side / scaled), first + 1)
-        spans.append((first, stop - first))
-    (top, height), (left, width) = spans
-    return flip, Rectangle(top, left, height, width)
+def draw_boxes(picture: Picture, number: int, rng: np.random.Generator) -> Picture:
+    """`number` of the picture's boxes, each as likely as any other, in their order."""
+    kept = torch.zeros(len(picture.labels), dtype=torch.bool)
+    kept[torch.from_numpy(rng.permutation(len(kept))[:number])] = True
+    return picture.keep(kept)
 
 
 def _render(picture: Picture, part: Rectangle, size: tuple[int, int], flip: bool) -> Picture:
@@ -186,28 +172,26 @@ def _render(picture: Picture, part: Rectangle, size: tuple[int, int], flip: bool
 
 def _resized_crop(picture: Picture, part: Rectangle, size: tuple[int, int]) -> Picture:
     """Only cuts and scales; boxes outside the part come back without area."""
+    # Pixels stay interleaved, as they are decoded. A part that is cut out of them has gaps between
+    # its rows, with which the resize takes three times as long, so it is copied first.
+    cut = F.crop(picture.image, *part).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return Picture(
-        image=F.resized_crop(picture.image, *part, list(size), antialias=True),
+        image=F.resize(tv_tensors.wrap(cut, like=picture.image), list(size), antialias=True),
         boxes=F.resized_crop(picture.boxes, *part, list(size)),
         labels=picture.labels,
+        origin=picture.origin,
     )
 
 
 def _without_vanished(picture: Picture, min_side: float) -> Picture:
-    boxes = picture.boxes.as_subclass(Tensor)
-    kept = (boxes[:, 2:] - boxes[:, :2] >= min_side).all(dim=1)
-    return replace(picture.keep(kept), vanished=picture.vanished + int((~kept).sum()))
+    boxes = picture.boxes.as_subclass(Tensor).numpy()
+    kept = (boxes[:, 2:] - boxes[:, :2] >= min_side).all(axis=1)
+    if kept.all():
+        return picture
+    vanished = picture.vanished + len(kept) - int(kept.sum())
+    return replace(picture.keep(torch.from_numpy(kept)), vanished=vanished)
 
 
-def _boxes(boxes: Tensor, size: Sequence[int]) -> tv_tensors.BoundingBoxes:
+def as_boxes(boxes: Tensor, size: Sequence[int]) -> tv_tensors.BoundingBoxes:
     canvas = (size[0], size[1])
     return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
-
-
-def _choose(values: Sequence[int], rng: np.random.Generator) -> int:
-    return values[_integer(0, len(values) - 1, rng)]
-
-
-def _integer(low: int, high: int, rng: np.random.Generator) -> int:
-    """Uniform from `low` to `high`, both included."""
-    return low + int(rng.random() * (high - low + 1))

@@ -1,6 +1,7 @@
 """Tiny raw data sets in the published forms, for the tests of sources and shards."""
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -38,6 +39,17 @@ def write(path: Path, content: bytes | str | object) -> None:
     if not isinstance(content, bytes | str):
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def tar_of(files: Sequence[tuple[str, bytes]]) -> bytes:
+    """A tar of (name, content), in this order."""
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+    return buffer.getvalue()
 
 
 def lvis_tree(num_images: int = 3) -> dict[str, list[dict]]:

@@ -1,5 +1,7 @@
+import logging
 import struct
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -9,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.images import MAX_PIXELS, decode_image, image_extension, image_size
+from pipeline.data import images
+from pipeline.data.images import (
+    MAX_PIXELS,
+    decode_image,
+    decode_pixels,
+    image_extension,
+    image_size,
+)
 from pipeline.errors import DataError
 
 RAMP = np.tile(np.linspace(0, 255, 48, dtype=np.uint8), (32, 1))
@@ -177,3 +186,78 @@ def test_real_truncated_photographs(shared_data: Path) -> None:
         with pytest.raises(DataError, match="damaged or cut short"):
             decode_image(file.read_bytes())
         assert min(image_size(file.read_bytes())) > 100
+
+
+def by_both(data: bytes) -> tuple[object, object]:
+    """What `decode_pixels` and Pillow alone make of the bytes: pixels, or that they refuse."""
+
+    def outcome(decode: Callable[[bytes], object]) -> object:
+        try:
+            return np.asarray(decode(data)).tolist()
+        except DataError:
+            return "refused"
+
+    return outcome(decode_pixels), outcome(images._decode_with_pillow)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_fast_decoder_gives_what_pillow_gives(mode: str, progressive: bool) -> None:
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    for size in ((60, 40), (1, 1), (7, 3), (17, 33)):
+        noise = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        smooth = Image.fromarray(noise).resize(size).convert(mode)
+        for subsampling in range(3 if mode == "RGB" else 1):
+            options = {"quality": 85, "progressive": progressive, "subsampling": subsampling}
+            data = encoded(smooth, "JPEG", **options)
+            fast = images._decode_plain_jpeg(data)
+            assert (fast is None) == (mode == "CMYK")
+            ours, theirs = by_both(data)
+            assert ours == theirs != "refused"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_fast_decoder_refuses_what_pillow_refuses(progressive: bool) -> None:
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(1)
+    whole = encoded(Image.fromarray(RAMP).convert("RGB"), "JPEG", progressive=progressive)
+    for length in range(len(whole)):
+        assert images._decode_plain_jpeg(whole[:length]) is None
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        ours, theirs = by_both(bytes(damaged))
+        assert ours == theirs
+
+
+def test_decoded_pixels_are_writable_and_their_own() -> None:
+    for format in ("JPEG", "PNG"):
+        data = encoded(Image.fromarray(RAMP), format)
+        found = decode_pixels(data)
+        assert found.shape == (32, 48, 3) and found.flags.writeable
+        found[:] = 0
+        assert decode_pixels(data).any()
+
+
+def test_real_photographs_are_the_same_by_both_decoders(shared_data: Path) -> None:
+    for path in sorted((shared_data / "coco128" / "train2017").glob("*.jpg"))[:12]:
+        ours, theirs = by_both(path.read_bytes())
+        assert ours == theirs != "refused"
+
+
+def test_without_the_fast_decoder_pillow_is_used_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = encoded(Image.fromarray(RAMP), "JPEG")
+    expected = decode_pixels(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    images.decoder_name.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                assert np.array_equal(decode_pixels(data), expected)
+        assert caplog.text.count("simplejpeg is not installed") == 1
+        assert images.decoder_name().startswith("pillow ")
+    finally:
+        images.decoder_name.cache_clear()

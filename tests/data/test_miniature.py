@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import miniature
-from pipeline.data.drawing import COMPOSITIONS, MAX_HIDDEN, Canvas, draw_scene
-from pipeline.data.miniature import MARKER, draw_world
+from pipeline.data.miniature import world as miniature
+from pipeline.data.miniature.drawing import COMPOSITIONS, MAX_HIDDEN, Canvas, draw_scene
+from pipeline.data.miniature.world import MARKER, draw_world
 from pipeline.errors import RecipeError
 from pipeline.recipe import Source
 

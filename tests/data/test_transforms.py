@@ -3,58 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawn_pictures import SMALL, drawn, extent, generator
 
+from pipeline.data.plan.geometry import fit_inside, fit_short_side, largest_canvas
 from pipeline.data.transforms import (
     PAD_VALUE,
-    Picture,
-    as_picture,
     evaluation_transform,
-    fit_inside,
-    fit_short_side,
     mosaic_transform,
     train_transform,
 )
 from pipeline.recipe import Transforms
-
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=np.uint8)
-SMALL = Transforms(
-    short_sides=[90, 100, 140],
-    max_side=300,
-    crop_short_sides=[80, 120],
-    crop_sizes=(60, 100),
-    mosaic_cell=80,
-)
-
-
-def drawn(
-    size: tuple[int, int], boxes: list[tuple[int, int, int, int]], labels: list[int]
-) -> Picture:
-    """Black, with a filled rectangle for each xyxy box in the colour of its label."""
-    pixels = np.zeros((*size, 3), dtype=np.uint8)
-    for (left, top, right, bottom), label in zip(boxes, labels, strict=True):
-        pixels[top:bottom, left:right] = COLOURS[label]
-    array = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    return as_picture(Image.fromarray(pixels), array, np.array(labels, dtype=np.int64))
-
-
-def extent(picture: Picture, label: int) -> list[float] | None:
-    """xyxy of the pixels that have the colour of a label."""
-    colour = torch.from_numpy(COLOURS[label]).int().view(3, 1, 1)
-    far = (picture.image.int() - colour).abs().amax(dim=0)
-    rows, columns = torch.nonzero(far < 100, as_tuple=True)
-    if not len(rows):
-        return None
-    return [
-        float(columns.min()),
-        float(rows.min()),
-        float(columns.max()) + 1,
-        float(rows.max()) + 1,
-    ]
-
-
-def generator(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=seed))
 
 
 def test_rectangle_lies_in_its_box_after_flips_and_crops() -> None:
@@ -221,3 +179,22 @@ def test_crops_are_of_the_sizes_asked_for() -> None:
         assert 100 <= max(height, width) <= 160
         shapes.add((height, width))
     assert len(shapes) > 30
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_no_batch_is_larger_than_the_largest_canvas(num_images: int) -> None:
+    transforms = SMALL.model_copy(update={"size_divisor": 32})
+    height, width = largest_canvas(transforms, num_images, mosaics=False)
+    assert (height, width) == ((160, 320) if num_images == 1 else (320, 320))
+    rng = np.random.default_rng(0)
+    most = 0
+    drawn_sizes = rng.integers(10, 2000, size=(300, 2)).tolist()
+    for size in [*drawn_sizes, [100, 5000], [5000, 100]]:
+        fitted = fit_short_side((size[0], size[1]), max(SMALL.short_sides), SMALL.max_side)
+        most = max(most, *fitted)
+        assert min(fitted) <= height and max(fitted) <= width
+    assert most == SMALL.max_side <= width
+    assert largest_canvas(SMALL.model_copy(update={"mosaic_cell": 200}), 1, mosaics=True) == (
+        416,
+        416,
+    )

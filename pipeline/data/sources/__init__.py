@@ -1,10 +1,14 @@
 """Raw data sets as they are published: one module for each format."""
 
-from pipeline.data.sources.cc3m import list_cc3m
+from pipeline.data.sources.captions import list_captions
+from pipeline.data.sources.coco import list_coco
 from pipeline.data.sources.imagenet21k import list_imagenet21k
 from pipeline.data.sources.lvis import list_lvis
 from pipeline.data.sources.objects365 import list_objects365
+from pipeline.data.sources.openimages import list_openimages
 from pipeline.data.sources.record import Record, RecordSet, read_record
+from pipeline.data.sources.visual_genome import list_visual_genome
+from pipeline.data.sources.voc import list_voc
 from pipeline.errors import DataError
 from pipeline.recipe import Source
 
@@ -14,7 +18,12 @@ _READERS = {
     "lvis": list_lvis,
     "objects365": list_objects365,
     "imagenet21k": list_imagenet21k,
-    "cc3m": list_cc3m,
+    "cc3m": list_captions,
+    "cc12m": list_captions,
+    "coco": list_coco,
+    "voc": list_voc,
+    "openimages": list_openimages,
+    "visual_genome": list_visual_genome,
 }
 
 

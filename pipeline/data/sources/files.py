@@ -1,23 +1,44 @@
 """Finding the files that a source names: its annotations and its images."""
 
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
+from typing import TypeVar
 
-from pipeline.data.storage import list_directory, read_bytes, resolve
+from pipeline.data.sources.archives import COMPRESSED, compressed_message
+from pipeline.data.storage.files import exists, list_directory, read_bytes, resolve
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import Source
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_THREADS = 8
+"""Archives and folders that are listed at a time; more would not help one interpreter."""
 
 
 def read_annotations(source: Source, root: str) -> tuple[str, bytes]:
     """Where the annotation file is, and its bytes; `RecipeError` when it is not there."""
-    assert source.annotations is not None
-    url = resolve(root, source.annotations)
+    return read_file(source, root, "annotations", source.annotations)
+
+
+def read_file(source: Source, root: str, key: str, path: str | None) -> tuple[str, bytes]:
+    """Where the file of a `key` of the source is, and its bytes; `RecipeError` without it."""
+    assert path is not None, f"the recipe sees to {key}"
+    url = resolve(root, path)
     try:
         return url, read_bytes(url)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise RecipeError(
-            f"source {source.name}: `annotations` {source.annotations!r} is no file at {url}; "
-            "correct it, or data.root"
+            f"source {source.name}: `{key}` {path!r} is no file at {url}; correct it, or data.root"
         ) from None
+
+
+def read_text(source: Source, root: str, key: str, path: str | None) -> tuple[str, str]:
+    """The same as text, see `decode_text`."""
+    url, data = read_file(source, root, key, path)
+    return url, decode_text(url, data)
 
 
 def decode_text(url: str, data: bytes) -> str:
@@ -76,3 +97,33 @@ class ImageFolder:
     def path_of(self, name: str) -> str:
         """Full path or URL of a name below the directory."""
         return f"{self.url}/{name}"
+
+
+def find_archive(source: Source, root: str) -> str | None:
+    """Where the tar that `images` names is; None where it names a folder.
+
+    Raises `RecipeError` for a compressed archive and for a tar that is not there.
+    """
+    url = resolve(root, source.images)
+    if url.lower().endswith(COMPRESSED):
+        raise RecipeError(f"source {source.name}: {compressed_message(url)}")
+    if not url.endswith(".tar"):
+        return None
+    if not exists(url):
+        raise RecipeError(
+            f"source {source.name}: `images` {source.images!r} is no archive at {url}; correct "
+            "it, or data.root"
+        )
+    return url
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`function` of each item, in their order; a few are ahead, to wait for storage together."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ahead: deque[Future[Result]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * _THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

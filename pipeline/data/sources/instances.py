@@ -1,21 +1,34 @@
-"""COCO-like json, which LVIS and Objects365 share: reading it, and refusing what is wrong in it."""
+"""COCO-like json, which LVIS, COCO and Objects365 share: reading it, refusing what is wrong."""
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.sources.files import ImageFolder, decode_text, read_annotations
-from pipeline.data.sources.record import RecordSet
-from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.data.sample import UNLABELLED
+from pipeline.data.sources.files import ImageFolder, read_text
+from pipeline.data.sources.forms import refuse_other_form
+from pipeline.data.sources.record import Record, RecordSet
+from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import Source
 
 CLIP_TOLERANCE = 0.01
 """Pixels by which a box may overstep its image uncounted: files round to hundredths."""
+
+CROWD = "box around a crowd, left out"
+_READ_OF_BOXES = ("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "score")
+_NAME_OF_2014 = re.compile(r"COCO_(?:train|val|test)2014_(\d{12}\.\w+)")
+
+
+Box = tuple[float, float, float, float]
+"""xyxy, in pixels."""
 
 
 @dataclass
@@ -31,19 +44,11 @@ class Instances:
 
 def read_instances(source: Source, root: str) -> Instances:
     """Read the json and check its ids; raises `DataError` naming file, id, value, rule and fix."""
-    url, data = read_annotations(source, root)
-    try:
-        tree = json.loads(decode_text(url, data))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{url}: not valid json ({error}); download it again") from None
-    parts = []
-    for part in ("categories", "images", "annotations"):
-        entries = tree.get(part) if isinstance(tree, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise DataError(f"{url}: `{part}` must be a list of objects; is it the right file?")
-        _check_ids(entries, url, part)
-        parts.append(entries)
-    categories, images, annotations = parts
+    url, tree = read_json(source, root, "annotations", source.annotations)
+    refuse_other_form(source.format, tree, url)
+    categories, images, annotations = (
+        _entries(tree, url, part) for part in ("categories", "images", "annotations")
+    )
     vocabulary = _read_vocabulary(categories, url)
     known = frozenset(vocabulary.ids)
     by_image: dict[int, list[dict]] = {}
@@ -65,6 +70,54 @@ def read_instances(source: Source, root: str) -> Instances:
             raise DataError(f"{where}: {_unknown(vocabulary, annotation.get('category_id'))}")
         by_image[annotation["image_id"]].append(annotation)
     return Instances(url, vocabulary, known, images, by_image)
+
+
+def read_json(source: Source, root: str, key: str, path: str | None) -> tuple[str, object]:
+    """Where the json file of a `key` of the source is, and its content without masks.
+
+    Raises `RecipeError` when it is not there, `DataError` that names it when it cannot be parsed.
+    """
+    # The bytes are gone before the parsing: those of Objects365 are gigabytes.
+    url, text = read_text(source, root, key, path)
+    return url, parse_json(url, text, _slim)
+
+
+def parse_json(url: str, text: str, entry_hook: Callable[[dict], dict]) -> object:
+    """The json of a file, each object in it as `entry_hook` returns it; `DataError` names it."""
+    try:
+        return json.loads(text, object_hook=entry_hook)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{url}: not valid json ({error}); download it again") from None
+    except RecursionError:
+        raise DataError(f"{url}: json nested too deeply; is it the right file?") from None
+
+
+def _slim(entry: dict) -> dict:
+    """An annotation with what is read of it; masks are most of LVIS and COCO, and would add up."""
+    if "bbox" in entry:
+        return {key: entry[key] for key in _READ_OF_BOXES if key in entry}
+    return entry
+
+
+def coco_names(image: dict) -> list[str]:
+    """Where a COCO photograph may be: by `coco_url`, by `file_name`, by its name since 2017.
+
+    LVIS v0.5 and COCO 2014 write `COCO_val2014_000000000042.jpg` for what COCO 2017 has as
+    `train2017/000000000042.jpg` or `val2017/000000000042.jpg`.
+    """
+    names = [
+        # Older files of COCO 2014 hold addresses of web pages, without a file.
+        name
+        for name in (urlsplit(str(image.get("coco_url") or "")).path.lstrip("/"),)
+        if PurePosixPath(name).suffix
+    ]
+    file_name = image.get("file_name")
+    if isinstance(file_name, str) and file_name:
+        names.append(file_name)
+        renamed = _NAME_OF_2014.fullmatch(PurePosixPath(file_name).name)
+        if renamed is not None:
+            names += [f"{folder}/{renamed[1]}" for folder in ("train2017", "val2017")]
+    return names
 
 
 def find_images(
@@ -94,7 +147,7 @@ def find_images(
     return found
 
 
-def box_of(annotation: dict, url: str) -> tuple[float, float, float, float]:
+def box_of(annotation: dict, url: str) -> Box:
     """xyxy in pixels of a COCO xywh box; raises `DataError` for a box that is none."""
     box = annotation.get("bbox")
     where = f"{url}: annotation {annotation['id']}: bbox {box!r}"
@@ -113,11 +166,11 @@ def box_of(annotation: dict, url: str) -> tuple[float, float, float, float]:
 
 
 def clip_box(
-    box: tuple[float, float, float, float],
+    box: Box,
     image: dict,
     annotation: dict,
     record_set: RecordSet,
-) -> tuple[float, float, float, float]:
+) -> Box:
     """The part of a box that lies in its image; counted where that changes it."""
     width, height = float(image["width"]), float(image["height"])
     x0, y0, x1, y1 = box
@@ -139,7 +192,52 @@ def clip_box(
     return clipped
 
 
-def box_array(boxes: list[tuple[float, float, float, float]]) -> NDArray[np.float32]:
+def exhaustive_record(
+    source: Source,
+    instances: Instances,
+    record_set: RecordSet,
+    found: tuple[dict, str, int | None],
+    flags: Mapping[str, str],
+) -> Record:
+    """The record of an image on which every instance of every category is meant to be boxed.
+
+    Boxes with one of the `flags` (key to reason) are left out; their categories are then not
+    exhaustively boxed. So are boxes that are empty, outside or given twice. All are counted.
+    """
+    image, path, num_bytes = found
+    boxes, category_ids, flagged = [], [], set()
+    seen = set()
+    for annotation in instances.by_image[image["id"]]:
+        example = f"annotation {annotation['id']} of image {image['id']}: {annotation.get('bbox')}"
+        box, category_id = box_of(annotation, instances.url), annotation["category_id"]
+        flag = next((flag for flag in flags if annotation.get(flag)), None)
+        if flag is not None:
+            record_set.drop(flags[flag], example)
+            flagged.add(category_id)
+            continue
+        width, height = image["width"], image["height"]
+        if min(box[2], width) <= max(box[0], 0) or min(box[3], height) <= max(box[1], 0):
+            record_set.drop("box empty or wholly outside the image, left out", example)
+            continue
+        if (*box, category_id) in seen:
+            record_set.drop("box given twice, left out", example)
+            continue
+        seen.add((*box, category_id))
+        boxes.append(clip_box(box, image, annotation, record_set))
+        category_ids.append(category_id if source.use_labels else UNLABELLED)
+    return Record(
+        key=f"{image['id']:012d}",
+        path=path,
+        image_id=image["id"],
+        boxes=box_array(boxes),
+        category_ids=np.array(category_ids, dtype=np.int64),
+        not_exhaustive_category_ids=tuple(sorted(flagged)) if source.use_labels else (),
+        declared_size=(image["width"], image["height"]),
+        num_bytes=num_bytes,
+    )
+
+
+def box_array(boxes: list[Box]) -> NDArray[np.float32]:
     """(N, 4) float32, also for no box at all."""
     return np.array(boxes, dtype=np.float32).reshape(-1, 4)
 
@@ -157,6 +255,19 @@ def check_category_list(image: dict, part: str, instances: Instances) -> tuple[i
         if type(category_id) is not int or category_id not in instances.category_ids:
             raise DataError(f"{where}: `{part}`: {_unknown(instances.vocabulary, category_id)}")
     return tuple(ids)
+
+
+def read_categories(tree: object, url: str) -> Vocabulary:
+    """The categories of a parsed LVIS or COCO json; raises `DataError` that names the file."""
+    return _read_vocabulary(_entries(tree, url, "categories"), url)
+
+
+def _entries(tree: object, url: str, part: str) -> list[dict]:
+    entries = tree.get(part) if isinstance(tree, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise DataError(f"{url}: `{part}` must be a list of objects; is it the right file?")
+    _check_ids(entries, url, part)
+    return entries
 
 
 def _check_ids(entries: list[dict], url: str, part: str) -> None:

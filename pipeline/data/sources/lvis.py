@@ -1,6 +1,7 @@
-"""LVIS v1 (Gupta et al. 2019): COCO photographs, federated annotation of 1203 categories."""
+"""LVIS (Gupta et al. 2019): COCO photographs, federated annotation.
 
-from urllib.parse import urlsplit
+v1 has 1203 categories, v0.5 has 1230; minival is a part of v1's val. All have one form.
+"""
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from pipeline.data.sources.instances import (
     box_of,
     check_category_list,
     clip_box,
+    coco_names,
     find_images,
     read_instances,
 )
@@ -23,20 +25,16 @@ def list_lvis(source: Source, root: str) -> RecordSet:
     """One record for each image of an LVIS json, in ascending image id.
 
     An image is looked for by the path of its `coco_url` (`val2017/000000000139.jpg`), then by its
-    `file_name`. Missing `neg_category_ids` or `not_exhaustive_category_ids` are a `DataError`.
+    `file_name`, which v0.5 writes as in 2014 (see `coco_names`). Missing `neg_category_ids` or
+    `not_exhaustive_category_ids` are a `DataError`.
     """
     instances = read_instances(source, root)
     record_set = RecordSet(instances.vocabulary, [])
     record_set.records = [
         _record(source, instances, record_set, *found)
-        for found in find_images(source, root, instances, _image_names)
+        for found in find_images(source, root, instances, coco_names)
     ]
     return record_set
-
-
-def _image_names(image: dict) -> list[str]:
-    url_path = urlsplit(str(image.get("coco_url") or "")).path.lstrip("/")
-    return [name for name in (url_path, str(image.get("file_name") or "")) if name]
 
 
 def _record(

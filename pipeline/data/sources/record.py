@@ -8,21 +8,25 @@ from numpy.typing import NDArray
 
 from pipeline.data.images import decode_image, image_extension, orientation_of
 from pipeline.data.sample import Sample
-from pipeline.data.storage import read_bytes
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.storage.files import read_bytes, read_range
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import DataError
 
 MAX_EXAMPLES = 5
+MAX_IMAGE_BYTES = 1 << 29
+"""As many as the most pixels that are decoded can have, in 16 bits and four channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image with its annotation, small and picklable.
 
-    `path` is a path or fsspec URL; `boxes` is (N, 4) float32 xyxy in pixels, or None for one box
-    over the whole image, whose size is not known before it is read; `category_ids` is (N,) int64.
-    `declared_size` is (width, height) as the annotation states it; `num_bytes` is the size of the
-    image file as storage lists it, None where it is absent.
+    `path` is a path or fsspec URL; `boxes` is (N, 4) float32 xyxy, in pixels or, with
+    `relative_boxes`, in fractions of the image; None for boxes over the whole image, whose size is
+    not known before it is read, one for each of the `category_ids`, (N,) int64. `declared_size` is
+    (width, height) as the annotation states it; `num_bytes` is the size of the image file as
+    storage lists it, None where it is absent. With an `offset`, the image is that many bytes of
+    `path` from there on: a member of an archive.
     """
 
     key: str
@@ -36,6 +40,8 @@ class Record:
     caption: str | None = None
     declared_size: tuple[int, int] | None = None
     num_bytes: int | None = None
+    offset: int | None = None
+    relative_boxes: bool = False
 
 
 @dataclass
@@ -65,7 +71,7 @@ def read_record(record: Record) -> Sample:
     states; `StorageError` when storage fails in another way.
     """
     try:
-        image = read_bytes(record.path)
+        image = _read_image(record)
     except FileNotFoundError:
         raise DataError(f"{record.path}: the image does not exist") from None
     try:
@@ -76,7 +82,9 @@ def read_record(record: Record) -> Sample:
         raise DataError(f"{record.path}: {error}") from None
     boxes = record.boxes
     if boxes is None:
-        boxes = np.array([[0, 0, width, height]], dtype=np.float32)
+        boxes = np.array([[0, 0, width, height]] * len(record.category_ids), dtype=np.float32)
+    elif record.relative_boxes:
+        boxes = boxes * np.array([width, height, width, height], dtype=np.float32)
     if record.declared_size not in (None, (width, height)):
         if record.declared_size != (height, width) or orientation < 5:
             assert record.declared_size is not None
@@ -100,6 +108,18 @@ def read_record(record: Record) -> Sample:
         coarse=record.coarse,
         caption=record.caption,
     )
+
+
+def _read_image(record: Record) -> bytes:
+    if record.num_bytes is not None and record.num_bytes > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{record.path}: an image file of {record.num_bytes} bytes, more than "
+            f"{MAX_IMAGE_BYTES}, is not read; scale the image down"
+        )
+    if record.offset is None:
+        return read_bytes(record.path)
+    assert record.num_bytes is not None, "a member of an archive has a size"
+    return read_range(record.path, record.offset, record.offset + record.num_bytes)
 
 
 def _turn_boxes(

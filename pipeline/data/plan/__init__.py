@@ -1,0 +1,1 @@
+"""Which sample comes where in which step: pure, free of torch."""

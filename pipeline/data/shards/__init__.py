@@ -1,0 +1,1 @@
+"""Records of a source to tar shards, and the index through which they are read."""

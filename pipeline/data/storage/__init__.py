@@ -1,0 +1,1 @@
+"""Files of any storage that fsspec knows: publishing, locks, trying again, local copies."""
