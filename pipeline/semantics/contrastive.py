@@ -26,11 +26,10 @@ from pipeline.semantics.clip import encode_text, new_clip, pixel_statistics
 from pipeline.semantics.teacher import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
-    region_embeddings,
     trained_weights,
-    trunk,
     weights_digest,
 )
+from pipeline.semantics.towers.resnet import region_embeddings, trunk
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps, and the loss."""

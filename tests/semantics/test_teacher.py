@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from far_device import soft_labels_far_away
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from pipeline.data.batch import Batch, Targets, collate
+from pipeline.data.batch import Batch, Targets, collate, normalise
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Source, TeacherTraining
 from pipeline.recipe import Teacher as TeacherSection
@@ -18,12 +19,13 @@ from pipeline.semantics.teacher import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     Teacher,
-    attention_pool,
     teacher_hash,
     trained_weights,
 )
 from pipeline.semantics.text import text_embeddings
+from pipeline.semantics.towers.resnet import attention_pool
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WHOLE = torch.tensor([[0.5, 0.5, 1.0, 1.0]])
 
 
@@ -80,8 +82,7 @@ def test_whole_image_is_what_open_clip_sees(section: TeacherSection) -> None:
     teacher, image = Teacher(section, embeddings(), None, "cpu"), picture(64, 64)
     ours = teacher.soft_labels(batch_of((image, WHOLE)))[0]
     model = load_clip(section, None)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     features = model.encode_image(((image / 255 - mean) / std)[None], normalize=True)
     expected = (model.logit_scale.exp() * features @ embeddings().T).softmax(dim=-1)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -101,22 +102,29 @@ def test_soft_labels_are_distributions_for_each_box(section: TeacherSection) -> 
     assert [tuple(labels.shape) for labels in empty] == [(0, 5)]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_it_waits_for_nothing(section: TeacherSection, scale: float) -> None:
+    teacher = Teacher(section.model_copy(update={"image_scale": scale}), embeddings(), None, "cpu")
+    boxes = torch.tensor([[0.3, 0.4, 0.2, 0.5], [0.6, 0.5, 0.5, 0.9], [0.5, 0.5, 1.0, 1.0]])
+    batch = batch_of((picture(70, 90), boxes), (picture(50, 64), boxes[:0]))
+    expected = teacher.soft_labels(batch)
+    found, waits = soft_labels_far_away(teacher, batch)
+    assert waits == []
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1.5, 0.75])
 def test_padding_and_company_change_nothing(section: TeacherSection, scale: float) -> None:
-    """A small image beside a large one, or padded by itself, gets the labels that it gets alone.
-
-    Its box is away from the padded edge: the trunk itself pads its borders with zeros, which is
-    what neutral padding is equal to only before the first normalisation with an offset.
-    """
+    """A small image beside a large one, or padded by itself, gets the labels that it gets alone."""
     changed = section.model_copy(update={"image_scale": scale})
     teacher = Teacher(changed, embeddings(), None, "cpu")
-    box = torch.tensor([[0.2, 0.2, 0.25, 0.25]])
-    small, large = picture(256, 256), picture(320, 384, seed=4)
+    box = torch.tensor([[0.2, 0.2, 0.25, 0.25], [0.9, 0.9, 0.2, 0.2]])
+    small, large = picture(250, 241), picture(320, 384, seed=4)
     alone = teacher.soft_labels(batch_of((small, box)))[0]
     beside = teacher.soft_labels(batch_of((small, box), (large, box)))[0]
     swapped = teacher.soft_labels(batch_of((large, box), (small, box)))[1]
-    torch.testing.assert_close(beside, swapped, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(beside, alone, atol=2e-3, rtol=0)
+    assert torch.equal(beside, alone) and torch.equal(swapped, alone)
 
 
 def test_what_padding_holds_does_not_matter(section: TeacherSection) -> None:
@@ -173,10 +181,9 @@ def test_rn50_from_a_local_file(tmp_path: Path) -> None:
     rows = text_embeddings(section, ["dog", "cat"], None, tmp_path)
     assert rows.shape == (2, 1024)
     teacher = Teacher(section, rows, None, "cpu")
-    image = picture(224, 224)
-    ours = teacher.soft_labels(batch_of((image, WHOLE)))[0]
-    pixels, _ = teacher.region_inputs(batch_of((image, WHOLE)))
-    expected = normalize(load_clip(section, None).visual.attnpool(pixels), dim=-1) @ rows.T
+    ours = teacher.soft_labels(batch_of((picture(224, 224), WHOLE)))[0]
+    pixels = normalise(picture(224, 224)[None], torch.zeros(1, 224, 224).bool(), MEAN, STD)
+    expected = normalize(load_clip(section, None).visual(pixels), dim=-1) @ rows.T
     torch.testing.assert_close(
         ours, (teacher.temperature * expected).softmax(dim=-1), atol=1e-5, rtol=1e-4
     )
