@@ -168,6 +168,45 @@ def _mark(mark: Mark, x: float, y: float) -> str:
     return f'<path class="mark {mark.style}" d="{path}"><title>{escape(mark.text)}</title></path>'
 
 
+def rank_chart(
+    columns: Sequence[tuple[str, str, float]],
+    guides: Sequence[tuple[float, str]],
+    title: str,
+    axis_titles: tuple[str, str],
+    *,
+    size: tuple[int, int] = (1040, 340),
+) -> str:
+    """A column for each (text, class, value of at least 1), as given, over a logarithmic y axis;
+    `guides` are values with a line across and a word at its end."""
+    if not columns:
+        return ""
+    high = max(2.0, *(value for _, _, value in columns))
+    x_scale = Scale(1, len(columns) + 1, _LEFT, size[0] - _RIGHT)
+    y_scale = Scale(0.7, high * 1.2, size[1] - _BOTTOM, _TOP, log=True)
+    parts = [_axes(x_scale, y_scale, size, axis_titles)]
+    wide = x_scale(2) - x_scale(1)
+    gap = min(1.5, wide / 4) if wide > 2 else 0.0
+    # Columns without a gap would show seams between them, where their edges are smoothed.
+    parts.append('<g shape-rendering="crispEdges">' if not gap else "<g>")
+    for k, (text, style, value) in enumerate(columns, start=1):
+        top = y_scale(value)
+        parts.append(
+            f'<rect class="bar {style}" x="{x_scale(k):.2f}" y="{top:.1f}" '
+            f'width="{wide - gap:.2f}" height="{size[1] - _BOTTOM - top:.1f}">'
+            f"<title>{escape(text)}</title></rect>"
+        )
+    parts.append("</g>")
+    for value, word in guides:
+        if value < high:
+            y, right = y_scale(value), size[0] - _RIGHT
+            parts.append(
+                f'<line class="guide" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<text class="tick" x="{right}" y="{y - 5:.1f}" text-anchor="end">'
+                f"{escape(word)}</text>"
+            )
+    return _svg(size, title, parts)
+
+
 def bar_chart(bars: Sequence[tuple[str, str, float | None]], title: str, width: int = 520) -> str:
     """Horizontal bars from 0 to 1: (label, class, value); None is said to be undefined."""
     row, left, right = 34, 92, 76

@@ -56,6 +56,12 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def bar_legend(entries: Sequence[tuple[str, str]]) -> str:
+    """(name, class) pairs with a square in the colour of each bar."""
+    items = "".join(f'<li><i class="{style}"></i>{escape(name)}</li>' for name, style in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
 def mark_legend(entries: Sequence[tuple[str, str]]) -> str:
     """(name, class) pairs with a sample of each mark."""
     shapes = {"rare": "M6 0l6 6l-6 6l-6-6z", "common": "M1 6a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"}

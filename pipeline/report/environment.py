@@ -23,6 +23,7 @@ def environment_section(run: RunData) -> str:
         ("processors", count(found.get("processors"))),
         ("workers (world size)", count(found.get("world_size"))),
         ("GPUs", ", ".join(kinds) or "none"),
+        ("deformable attention", str(found.get("deformable_attention", "unknown"))),
     ]
     packages = found.get("packages")
     versions = (

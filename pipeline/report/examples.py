@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from pipeline.data.vocabulary import clean_name
+from pipeline.data.vocabulary.categories import clean_name
 from pipeline.evaluation.labels import (
     Label,
     Rectangle,
@@ -15,6 +15,7 @@ from pipeline.evaluation.labels import (
     place_label,
 )
 from pipeline.report.elements import note, section
+from pipeline.report.picture_boxes import dark_edge, name_plate, titled_frame
 from pipeline.report.run_data import RunData, subset_of
 from pipeline.report.stored import Example, ExampleBox
 
@@ -55,7 +56,10 @@ def _picture(example: Example) -> str:
         _detection(box, frame, unit)
         for box, frame in reversed(list(zip(example.detections, frames, strict=True)))
     )
-    names = "".join(_name(*one) for one in _labels(example.detections, frames, canvas))
+    names = "".join(
+        name_plate(label, rare=box.is_rare)
+        for box, label in _labels(example.detections, frames, canvas)
+    )
     ratio = size[0] / size[1]
     return (
         f'<figure style="flex:{ratio:.3f} 1 {ratio * _ROW_HEIGHT:.0f}px">'
@@ -63,11 +67,11 @@ def _picture(example: Example) -> str:
         f'aria-label="image {example.image_id} with boxes">'
         f'<image href="{example.url}" width="{canvas[0]}" height="{canvas[1]}" '
         f'preserveAspectRatio="none"/>{truth}{found}{names}</svg>'
-        f"<figcaption>{_caption(example)}</figcaption></figure>"
+        f"<figcaption>{caption_of(example)}</figcaption></figure>"
     )
 
 
-def _caption(example: Example) -> str:
+def caption_of(example: Example) -> str:
     """Which image, and what is on it: rare categories first, then those with most boxes."""
     count = len(example.ground_truth)
     caption = f"Image {example.image_id}, {count} {'box' if count == 1 else 'boxes'}"
@@ -104,37 +108,15 @@ def _labels(
     return labels
 
 
-def _frame(frame: Rectangle) -> str:
-    left, top, right, bottom = frame
-    return f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
-
-
 def _truth(box: ExampleBox, frame: Rectangle, unit: float) -> str:
     style = "truth rare" if box.is_rare else "truth"
     dash = f"stroke-dasharray:{1.4 * unit:.2f} {0.9 * unit:.2f}"
-    return (
-        f'<rect class="under" {_frame(frame)} style="stroke-width:{0.75 * unit:.2f}"/>'
-        f'<rect class="{style}" {_frame(frame)} style="stroke-width:{0.45 * unit:.2f};{dash}">'
-        f"<title>ground truth: {escape(clean_name(box.name))}</title></rect>"
-    )
+    words = f"ground truth: {clean_name(box.name)}"
+    line = titled_frame(style, frame, f"stroke-width:{0.45 * unit:.2f};{dash}", words)
+    return dark_edge(frame, 0.75 * unit) + line
 
 
 def _detection(box: ExampleBox, frame: Rectangle, unit: float) -> str:
     style = "found rare" if box.is_rare else "found"
-    words = f"{escape(clean_name(box.name))}, score {box.score:.3f}"
-    return (
-        f'<rect class="{style}" {_frame(frame)} style="stroke-width:{0.5 * unit:.2f}">'
-        f"<title>{words}</title></rect>"
-    )
-
-
-def _name(box: ExampleBox, label: Label) -> str:
-    """The text is told its width, because the browser's letters are not those measured with."""
-    left, top, right, bottom = label.plate
-    middle = (top + bottom) / 2 + 0.35 * label.text_size
-    return (
-        f'<g class="{"name rare" if box.is_rare else "name"}"><rect {_frame(label.plate)} rx="2"/>'
-        f'<text x="{(left + right - label.width) / 2:.1f}" y="{middle:.1f}" '
-        f'textLength="{label.width:.1f}" lengthAdjust="spacingAndGlyphs" '
-        f'style="font-size:{label.text_size}px">{escape(label.text)}</text></g>'
-    )
+    words = f"{clean_name(box.name)}, score {box.score:.3f}"
+    return titled_frame(style, frame, f"stroke-width:{0.5 * unit:.2f}", words)

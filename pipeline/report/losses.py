@@ -14,6 +14,7 @@ _TITLES = {
     "box_l1": "Box L1",
     "box_giou": "Box GIoU",
     "semantic": "Semantic (KL to the teacher)",
+    "image_level": "Image-level labels (Detic)",
 }
 
 

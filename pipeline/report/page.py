@@ -1,5 +1,6 @@
 """The report of a run: one page that opens from disk and needs no network."""
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from pipeline.report.categories import categories_section
 from pipeline.report.consumed import consumed_section
 from pipeline.report.curves import curves_section
 from pipeline.report.document import document, publish
-from pipeline.report.elements import duration, facts, folded, note
+from pipeline.report.elements import duration, facts, folded, note, number
 from pipeline.report.environment import environment_section
 from pipeline.report.examples import examples_section
 from pipeline.report.headline import headline
@@ -65,6 +66,16 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     seconds = training_seconds(run.steps)
     if seconds:
         pairs.append(("time in training steps", duration(seconds)))
+    if run.steps:
+        last = run.steps[-1]
+        pairs.append(("optimiser steps", f"{last['step']:,}"))
+        epochs = last.get("epochs")
+        if isinstance(epochs, Mapping):
+            passes = ((name, number(value)) for name, value in sorted(epochs.items()))
+            text = ", ".join(
+                f"{value:.2f} of {name}" for name, value in passes if value is not None
+            )
+            pairs.append(("epochs", text or "-"))
     if run.recipe is not None:
         recipe = run.recipe
         semantic = "off" if recipe.semantic is None else f"weight {recipe.semantic.weight:g}"

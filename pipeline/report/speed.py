@@ -24,7 +24,8 @@ _MEMORY = (
 
 
 def speed_section(run: RunData) -> str:
-    """Images a second, shares of waiting and of the work itself, samples by source, memory."""
+    """Images a second, shares of waiting and of the work itself, memory; samples by source, padding
+    and boxes left out."""
     rates = points(run.steps, "images_per_second")
     if not rates and not any("seconds" in event for event in run.steps):
         return ""
@@ -126,6 +127,16 @@ def _counts(samples: Mapping[str, Any]) -> dict[str, int]:
     return {source: int(number(value) or 0) for source, value in samples.items()}
 
 
+def _dropped(steps: list[Event]) -> Counter[str]:
+    """Boxes that the steps were left without, by reason."""
+    totals: Counter[str] = Counter()
+    for event in steps:
+        dropped = event.get("dropped")
+        if isinstance(dropped, Mapping):
+            totals.update({reason: whole(value) or 0 for reason, value in dropped.items()})
+    return totals
+
+
 def _samples(run: RunData) -> str:
     step, totals = samples_by_source(run)
     rows = [[escape(name), f"{count:,}"] for name, count in sorted(totals.items())]
@@ -135,5 +146,9 @@ def _samples(run: RunData) -> str:
     times = [value for _, value in points(run.steps, "seconds")]
     if times:
         rows.append(["seconds per step, median", f"{median(times):.2f}"])
+    if padding := [value for _, value in points(run.steps, "padding")]:
+        rows.append(["padding in batches, median", f"{median(padding):.1%}"])
+    for reason, number_dropped in sorted(_dropped(run.steps).items()):
+        rows.append([f"left out: {escape(reason)}", f"{number_dropped:,}"])
     head = [f"samples by source, up to step {step:,}", ""]
     return figure("Samples and pace", table(head, rows, "names"))

@@ -42,6 +42,7 @@ def write_environment(run_dir: Path) -> None:
         "processors": 16,
         "world_size": 4,
         "devices": ["NVIDIA H200"] * 4,
+        "deformable_attention": "Triton",
         "packages": packages,
     }
     (run_dir / "environment.json").write_text(json.dumps(environment))
@@ -83,6 +84,7 @@ def step_event(step: int, steps: int, rng: np.random.Generator, extra: bool) -> 
         "teacher_wait": 0.2,
         "seconds": 2.4,
         "samples": {"imagenet_lvis" if extra else "lvis": 16},
+        "epochs": {"lvis": 3 * step / steps, "imagenet_lvis": step / steps / 8},
         "memory_gb": 3.1 + 0.4 * step / steps,
         "gpu_memory_gb": 11.5 + (0.2 if extra else 0.0),
         "stream": "extra" if extra else "train",

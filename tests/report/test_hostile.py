@@ -86,7 +86,7 @@ step_keys = [
     "samples",
 ]
 step_keys += ["data_wait", "checkpoint_wait", "images_per_second", "grad_norm", "learning_rate"]
-step_keys += ["stream", "memory_gb", "consumed", "step"]
+step_keys += ["stream", "memory_gb", "consumed", "step", "padding", "dropped"]
 
 
 any_key = st.sampled_from(known)

@@ -28,6 +28,7 @@ def test_a_finished_run(finished: Path) -> None:
     source, text = read_page(path)
     results = json.loads((finished / "results.json").read_text())
     assert "complete" in text and "60 steps" in text
+    assert "optimiser steps" in text and "0.12 of imagenet_lvis, 3.00 of lvis" in text
     for key in ("AP", "APr", "APc", "APf"):
         assert f"{results[key]:.3f}" in text
     assert "federated, IoU 0.50:0.95, top 300" in text

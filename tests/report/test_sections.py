@@ -237,6 +237,18 @@ def test_time_and_samples_of_a_run_that_was_stopped_between_lines(tmp_path: Path
     assert training_seconds(old) == pytest.approx(57 + 3 * 5), "steps since the line before"
 
 
+def test_padding_and_what_was_left_out_are_stated(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "run", 60)
+    why = "boxes beyond <300> of their image"
+    lines_of_a_resumed_run(tmp_path / "run", padding=0.125, dropped={why: 1200, "others": "x"})
+    source, _ = read_page(write_report(tmp_path / "run"))
+    assert "padding in batches, median" in source and "12.5%" in source
+    assert "left out: boxes beyond &lt;300&gt; of their image" in source and "8,400" in source
+    lines_of_a_resumed_run(tmp_path / "run", dropped=7)
+    source, _ = read_page(write_report(tmp_path / "run"))
+    assert "padding in" not in source and "left out:" not in source
+
+
 def test_samples_are_the_newest_that_the_run_counted(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     write_recipe(run_dir, 60)
@@ -298,6 +310,7 @@ def test_every_drawn_ap_was_logged(tmp_path: Path) -> None:
 def test_packages_that_matter_come_first(run_dir: Path) -> None:
     write_environment(run_dir)
     source, text = read_page(write_report(run_dir))
+    assert "deformable attention Triton" in " ".join(text.split())
     assert "4 x NVIDIA H200" in text and "open_clip_torch" in text and "&lt;libc&gt;" in source
     folded = source[source.index("Other packages (1)") :]
     assert "tqdm" in folded and "tqdm" not in source[: source.index("Other packages (1)")]

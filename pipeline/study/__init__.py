@@ -1,0 +1,1 @@
+"""Studies of the supplement: each a table and a plot on one page, with its figures beside it."""
