@@ -4,12 +4,15 @@ import difflib
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Section
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,20 +88,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}"
         )
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return recipe_from_tree(tree, str(path))
 
 
 def recipe_from_tree(tree: object, origin: str) -> Recipe:
     """Validate a plain tree; every problem is named with its place, rule and nearest known key."""
+    return section_from_tree(Recipe, tree, origin)
+
+
+def section_from_tree(kind: type[Kind], tree: object, origin: str) -> Kind:
+    """The same for any section of a recipe."""
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        problems = [_explain(kind, problem) for problem in error.errors(include_url=False)]
         raise RecipeError(f"{origin}: " + "; ".join(problems)) from None
 
 
-def _apply_override(tree: dict[str, object], override: str) -> None:
+def apply_override(tree: dict[str, object], override: str) -> None:
+    """Put the value of `section.key=value` into a plain tree; raises `RecipeError`."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
@@ -133,12 +142,12 @@ def _position(node: list[object], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(problem: object) -> str:
+def _explain(kind: type[Section], problem: object) -> str:
     assert isinstance(problem, dict)
     location = problem["loc"]
     place = ".".join(str(part) for part in location) or "recipe"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(kind, location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {place!r}; {hint}"
@@ -150,9 +159,9 @@ def _explain(problem: object) -> str:
     return f"{place}: {message}{shown}"
 
 
-def _known_keys(location: Sequence[object]) -> list[str]:
+def _known_keys(kind: type[Section], location: Sequence[object]) -> list[str]:
     """Keys of the section at `location`, found by walking the JSON schema."""
-    schema = Recipe.model_json_schema()
+    schema = kind.model_json_schema()
     node = schema
     for part in location:
         choices = [node, *node.get("anyOf", [])]

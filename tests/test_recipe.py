@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Source
 from pipeline.recipe_file import load_recipe, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def test_defaults_are_the_papers(recipe_file: Path) -> None:
         ("cluster.workers=3", "does not divide among cluster.workers 3"),
         ("detector.hidden_dim=100", "multiple of twice num_heads"),
         ("detector.num_feature_levels=2", "fewer than the 3 maps"),
-        ("data.train.0.format=coco", "'lvis', 'objects365', 'imagenet21k' or 'cc3m'"),
+        ("data.train.0.format=coca", "'lvis', 'objects365', 'imagenet21k', 'cc3m'"),
         ("data.train.3.weight=1", "position from 0 to 0"),
         ("data.vocabulary=lvis_trian", "did you mean 'lvis_train'"),
         ("teacher.pretrained=null", "needs weights"),
@@ -164,3 +164,100 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
     assert recipe.name == path.stem
+
+
+TEACHES = {"images": "imagenet21k", "name": "inet", "format": "imagenet21k"}
+DETIC = {"losses": {"image_level": "max_size"}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "sections", "message"),
+    [
+        (
+            {"use_labels": False},
+            {"detector": DETIC},
+            "source inet: detector.losses.image_level max_size .Detic. learns the labels",
+        ),
+        ({"annotations": "t.tsv", "use_class": False}, {"detector": DETIC}, "this source gives no"),
+        (
+            {"format": "cc3m", "annotations": "c.tsv"},
+            {"detector": DETIC},
+            "source inet: .*captions need files.classes",
+        ),
+        (
+            {"use_labels": False, "use_box": False},
+            {"semantic": None},
+            "source inet: nothing is learned from it",
+        ),
+        (
+            {"use_labels": False, "use_box": False},
+            {"semantic": {"labels": "hard"}},
+            "with semantic.labels hard it needs labels",
+        ),
+        (
+            {"annotations": "t.tsv"},
+            {
+                "semantic": {"columns": "federated"},
+                "detector": {"losses": {"federated_categories": 0}},
+            },
+            "federated_categories is 0; set it to 50",
+        ),
+        (
+            {"annotations": "t.tsv"},
+            {"semantic": {"objective": "features"}, "teacher": {"top_k": 5}},
+            "semantic.objective features learns embeddings",
+        ),
+    ],
+)
+def test_what_would_teach_nothing_is_refused(
+    recipe_file: Path, extra: dict[str, object], sections: dict[str, object], message: str
+) -> None:
+    tree = load_recipe(recipe_file).model_dump()
+    tree["data"]["extra"] = [TEACHES | extra]
+    for name, section in sections.items():
+        tree[name] = section if section is None else (tree[name] or {}) | section
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate(tree)
+
+
+def test_unlabelled_sources_may_teach_boxes_or_semantics(recipe_file: Path) -> None:
+    tree = load_recipe(recipe_file).model_dump()
+    unlabelled = {"use_labels": False}
+    for extra in ({}, {"use_semantic": False}, {"use_box": False}):
+        tree["data"]["extra"] = [TEACHES | unlabelled | extra]
+        assert Recipe.model_validate(tree).data.extra[0].use_labels is False
+
+
+@pytest.mark.parametrize(
+    ("format_", "given", "sampled"),
+    [
+        ("lvis", None, True),
+        ("objects365", None, True),
+        ("imagenet21k", None, False),
+        ("cc3m", None, False),
+        ("lvis", "verified", False),
+        ("imagenet21k", "sampled", True),
+    ],
+)
+def test_negatives_of_image_level_sources_are_verified_ones(
+    format_: str, given: str | None, sampled: bool
+) -> None:
+    source = Source.model_validate(
+        {
+            "name": "x",
+            "format": format_,
+            "images": "x",
+            "annotations": "x",
+            "federated_negatives": given,
+        }
+    )
+    assert source.samples_negatives == sampled
+
+
+def test_hard_labels_and_detic_ask_no_teacher_in_training(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.uses_soft_labels and recipe.learns_coarse_boxes
+    hard = load_recipe(recipe_file, ["semantic.labels=hard"])
+    assert not hard.uses_soft_labels and hard.learns_coarse_boxes
+    detic = load_recipe(recipe_file, ["semantic=null", "detector.losses.image_level=max_size"])
+    assert not detic.uses_soft_labels and not detic.learns_coarse_boxes
