@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.images import decoder_name
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_from_tree
@@ -28,20 +29,27 @@ from pipeline.training.locate import Checkpoint
 from pipeline.training.manifest import (
     AVERAGED,
     DETECTOR_FILES,
+    MANIFEST,
+    METADATA,
+    ONE_FILE,
     OPTIMIZER,
     WEIGHTS,
     Manifest,
     checkpoint_dir,
+    is_one_file,
     keep_newest,
     newest_verified,
     publish,
     read_manifest,
+    unfinished,
     verify,
 )
 from pipeline.training.student import DETECTOR_PREFIX, export_state
 
 logger = logging.getLogger(__name__)
 
+DECODER = "jpeg decoder"
+"""Key of a manifest's versions under which the decoder of images is."""
 VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
 
 
@@ -63,13 +71,15 @@ class State:
 @dataclass
 class Progress:
     """Where a run stands: steps done, steps skipped among them, the plan that they follow, and what
-    they consumed: `samples` by source, `instances` (labelled boxes) by frequency group."""
+    they consumed: `samples` by source, `instances` (labelled boxes) by frequency group.
+    `unreadable` has the images that could not be read, with their reasons."""
 
     step: int
     skipped_steps: int
     plan: dict[str, int | str]
     samples: Counter[str] = field(default_factory=Counter)
     instances: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def consumed(self) -> dict[str, dict[str, int]]:
         """As manifests and log lines have it."""
@@ -114,9 +124,10 @@ def save(
         vocabulary_digest=vocabulary.digest,
         vocabulary=vocabulary.to_json(),
         consumed=progress.consumed(),
-        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+        versions=_versions(),
         world_size=world_size,
         files={},
+        unreadable=dict(progress.unreadable),
     )
     directory = checkpoint_dir(recipe.run_dir, progress.step)
 
@@ -180,7 +191,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], origin: str)
 
 def load_weights(directory: Path, ema: bool) -> dict[str, Tensor]:
     """The detector's weights under its own names; averaged ones on request, where there are any."""
-    weights = _read_tensors(directory / WEIGHTS)
+    weights = _read_tensors(directory if is_one_file(directory) else directory / WEIGHTS)
     if ema and (directory / AVERAGED).exists():
         weights |= _read_tensors(directory / AVERAGED)
     return export_state(weights)
@@ -198,6 +209,11 @@ def load_detector(
     manifest = manifest or verify(directory, DETECTOR_FILES)
     recipe = recipe_from_tree(manifest.recipe, f"the recipe of {directory}")
     vocabulary = Vocabulary.from_json(manifest.vocabulary)
+    if not vocabulary.num_categories:
+        raise RecipeError(
+            f"{directory} has no category names, so it can start a training (initialize_from) and "
+            "cannot detect; import it again with --annotations"
+        )
     weights = load_weights(directory, use_ema)
     embeddings = [t for name, t in weights.items() if name.split(".")[-1] == "text_embeddings"]
     backbone = recipe.detector.backbone.model_copy(update={"weights": None})
@@ -211,14 +227,16 @@ def load_detector(
 
 
 def find_source(recipe: Recipe) -> Path:
-    """The checkpoint that `initialize_from` means: a run beside this one, or a path.
+    """The checkpoint that `initialize_from` means: a run beside this one, or a path of a run, of a
+    checkpoint or of an exported or imported detector.
 
     Raises `RecipeError` when there is none.
     """
     assert recipe.initialize_from is not None
     places = [Path(recipe.output) / recipe.initialize_from, Path(recipe.initialize_from)]
     for place in places:
-        if place.name.startswith("step_") and place.is_dir():
+        step = place.name.startswith("step_") and place.is_dir()
+        if step or is_one_file(place) or (place / MANIFEST).is_file():
             verify(place)
             return place
         newest = newest_verified(place)
@@ -253,12 +271,12 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
         given = source.get(name)
         if given is None or (name in category_axes and name not in parameters):
             report.fresh.append(name)
-        elif name in category_axes:
+        elif name in category_axes and _rows_of(given, tensor, category_axes[name], theirs):
             axis = category_axes[name]
             rows = given.index_select(axis, matched.nonzero()[:, 0]).to(tensor)
             tensor.index_copy_(axis, columns[matched].to(tensor.device), rows)
             report.mapped.append(name)
-        elif given.shape != tensor.shape:
+        elif name in category_axes or given.shape != tensor.shape:
             raise RecipeError(
                 f"initialize_from {directory}: {name} has shape {tuple(given.shape)} there and "
                 f"{tuple(tensor.shape)} here; both recipes need the same detector section"
@@ -271,13 +289,24 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     return report
 
 
+def _rows_of(given: Tensor, tensor: Tensor, axis: int, theirs: Vocabulary) -> bool:
+    """Whether `given` has a row for each of their categories, and rows like those of `tensor`.
+
+    A head of another kind has a parameter of the same name and another meaning.
+    """
+    alike = (*given.shape[:axis], *given.shape[axis + 1 :]) == (
+        *tensor.shape[:axis],
+        *tensor.shape[axis + 1 :],
+    )
+    # An imported checkpoint may not know its categories: nothing of it is carried over by row.
+    return alike and theirs.num_categories in (0, given.shape[axis])
+
+
 def export_detector(found: Checkpoint, output: Path) -> Path:
-    """Write the detector alone, as a checkpoint that `load_detector` reads, into a new folder.
+    """Write the detector alone, as `publish_detector` does.
 
     Its manifest holds the recipe that was asked for, so that it is used as that says.
     """
-    if output.exists():
-        raise StorageError(f"{output} exists already; name a new folder")
     manifest = replace(
         found.manifest,
         recipe_hash=found.recipe.hash(),
@@ -285,14 +314,57 @@ def export_detector(found: Checkpoint, output: Path) -> Path:
         files={},
     )
     state = load_weights(found.directory, found.recipe.evaluation.use_ema)
+    return publish_detector(output, manifest, state)
+
+
+def publish_detector(output: Path, manifest: Manifest, state: Mapping[str, Tensor]) -> Path:
+    """Write a detector's weights as a checkpoint that `load_detector` reads: into a new folder, or
+    into one file where `output` ends in `ONE_FILE`. Raises `StorageError`."""
+    if output.exists():
+        raise StorageError(f"{output} exists already; name another")
     weights = {DETECTOR_PREFIX + name: tensor for name, tensor in state.items()}
-    publish(output, manifest, lambda partial: _write_tensors(partial / WEIGHTS, weights))
+    if output.suffix != ONE_FILE:
+        publish(output, manifest, lambda partial: _write_tensors(partial / WEIGHTS, weights))
+        return output
+    partial = unfinished(output)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(partial, weights, {METADATA: manifest.to_json()})
+        partial.rename(output)
+    except OSError as error:
+        raise StorageError(f"{output} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return output
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def first_manifest(recipe: Recipe, vocabulary: Vocabulary) -> Manifest:
+    """The manifest of a detector that no run of ours has trained yet."""
+    return Manifest(
+        step=0,
+        skipped_steps=0,
+        plan={},
+        recipe_hash=recipe.hash(),
+        recipe=recipe.model_dump(mode="json"),
+        vocabulary_digest=vocabulary.digest,
+        vocabulary=vocabulary.to_json(),
+        consumed={"samples": {}, "instances": {}},
+        versions=_versions(),
+        world_size=1,
+        files={},
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    return {**versions, DECODER: decoder_name()}
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

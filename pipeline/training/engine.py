@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.detectors.backbone import Backbone, ParameterRule
 from pipeline.errors import RecipeError
 from pipeline.recipe import Training
 from pipeline.training.checkpoint import State
@@ -43,25 +44,40 @@ def schedule_factor(step: int, section: Training) -> float:
 
 
 def parameter_groups(module: nn.Module, section: Training) -> list[dict[str, Any]]:
-    """AdamW groups: the backbone has its own learning rate; norms and biases are not decayed.
+    """AdamW groups: the backbone has its own learning rate, which may fall from layer to layer;
+    norms, biases and what the backbone excepts are not decayed.
 
     Each group is {params, lr, base_lr, weight_decay}.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    rules = _backbone_rules(module)
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            kind = "backbone" in name.split("."), parameter.ndim > 1
+            rule = rules.get(name, ParameterRule(1.0, parameter.ndim > 1))
+            kind = "backbone" in name.split("."), rule.rate, rule.decayed
             groups.setdefault(kind, []).append(parameter)
     rates = {False: section.learning_rate, True: section.backbone_learning_rate}
     return [
         {
             "params": parameters,
-            "lr": rates[of_backbone],
-            "base_lr": rates[of_backbone],
+            "lr": rates[of_backbone] * rate,
+            "base_lr": rates[of_backbone] * rate,
             "weight_decay": section.weight_decay if decayed else 0.0,
         }
-        for (of_backbone, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (of_backbone, rate, decayed), parameters in sorted(
+            groups.items(), key=lambda item: item[0]
+        )
     ]
+
+
+def _backbone_rules(module: nn.Module) -> dict[str, ParameterRule]:
+    """What backbones say of their parameters, by the names that these have in the module."""
+    return {
+        f"{prefix}.{name}" if prefix else name: rule
+        for prefix, child in module.named_modules()
+        if isinstance(child, Backbone)
+        for name, rule in child.parameter_rules().items()
+    }
 
 
 def num_micro_batches(batch_size: int, micro_batch: int, world_size: int) -> int:

@@ -13,13 +13,17 @@ from pipeline.training.manifest import (
     MANIFEST,
     Manifest,
     checkpoints_dir,
+    is_one_file,
     learnt_otherwise,
     newest_verified,
     read_manifest,
     verify,
 )
 
-FORMS = "give an exported folder, a checkpoints/step_N folder, a run directory, or a recipe (.yaml)"
+FORMS = (
+    "give an exported folder or .safetensors, a checkpoints/step_N folder, a run directory, or a "
+    "recipe (.yaml); `longtail import-checkpoint` takes in those of public code"
+)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -36,8 +40,8 @@ class Checkpoint:
 def locate_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Checkpoint:
     """The checkpoint that `path` means.
 
-    An exported folder or a `step_N` folder is itself; a run directory is its newest checkpoint
-    that verifies, a recipe that of its run, after `section.key=value` overrides. Raises
+    An exported folder or file and a `step_N` folder are themselves; a run directory is its newest
+    checkpoint that verifies, a recipe that of its run, after `section.key=value` overrides. Raises
     `RecipeError` for what cannot be a checkpoint, or a recipe that would have learnt otherwise, and
     `StorageError` for one that is not whole, or for a run without any.
     """
@@ -75,6 +79,8 @@ def _refuse_another(directory: Path, manifest: Manifest, recipe: Recipe, place: 
 def _folder(place: Path) -> Path:
     if not place.exists():
         raise RecipeError(f"checkpoint {place} does not exist; {FORMS}")
+    if is_one_file(place):
+        return place
     if not place.is_dir():
         raise RecipeError(f"{place} is a file, and a checkpoint is a folder; {FORMS}")
     if (place / MANIFEST).exists():

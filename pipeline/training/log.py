@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +14,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from pipeline.data.images import decoder_name
+from pipeline.data.vocabulary.category_map import CategoryMap
+from pipeline.detectors.sampling import kernel_in_use
 from pipeline.errors import StorageError
 from pipeline.recipe import Recipe
+from pipeline.training.device import worker_device
 from pipeline.training.manifest import write_atomically
 from pipeline.training.metrics import SinkFeed, append_event, remove_lines_after
 
@@ -28,7 +32,7 @@ class RunLog:
         self._run_dir = run_dir = recipe.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
-        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        write_atomically(run_dir / "environment.json", json.dumps(environment(recipe), indent=1))
         remove_lines_after(run_dir, step)
         self._feed = SinkFeed(recipe, step)
 
@@ -44,14 +48,27 @@ class RunLog:
         self._feed.pass_on()
 
 
-def environment() -> dict[str, Any]:
+def write_category_maps(run_dir: Path, maps: Mapping[str, CategoryMap]) -> None:
+    """`category_maps/SOURCE.csv` of each source whose categories are not the detector's own."""
+    for name, found in maps.items():
+        if not found.is_identity:
+            (run_dir / "category_maps").mkdir(parents=True, exist_ok=True)
+            write_atomically(run_dir / "category_maps" / f"{name}.csv", found.to_csv())
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
     """Machine and versions, for whoever wants to reproduce the run."""
+    precision: torch.dtype = getattr(torch, recipe.training.precision)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "world_size": dist.get_world_size(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "deformable_attention": kernel_in_use(
+            worker_device(recipe), recipe.detector.kernel, precision
+        ),
+        "jpeg_decoder": decoder_name(),
         "packages": {
             distribution.name: distribution.version
             for distribution in sorted(

@@ -15,18 +15,27 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.shards import load_index, shards_url
-from pipeline.data.stream import StepBatches, Stream
-from pipeline.data.vocabulary import Vocabulary
+from pipeline.data.images import decoder_name
+from pipeline.data.shards.preparing import load_index, shards_url
+from pipeline.data.stream.batches import StepBatches, Stream
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.detectors.interface import LossContext
 from pipeline.errors import LongtailError, RecipeError, StopRequested
 from pipeline.progress import Progress as ProgressBar
-from pipeline.recipe import Losses, Recipe
-from pipeline.semantics.teacher import Teacher
+from pipeline.recipe import Recipe
+from pipeline.semantics.soft_labels import SoftLabels
 from pipeline.signals import stop_signals
-from pipeline.training.agreement import agree_on_step, gather_strings, on_first_rank
+from pipeline.training.agreement import (
+    StepFacts,
+    agree_on_step,
+    gather_strings,
+    gather_unreadable,
+    on_first_rank,
+)
+from pipeline.training.ahead import asked_ahead
 from pipeline.training.build import build_student
 from pipeline.training.checkpoint import (
+    DECODER,
     Progress,
     find_source,
     initialize,
@@ -34,6 +43,7 @@ from pipeline.training.checkpoint import (
     restore,
     save,
 )
+from pipeline.training.class_columns import class_columns
 from pipeline.training.device import worker_device
 from pipeline.training.engine import (
     Engine,
@@ -41,8 +51,9 @@ from pipeline.training.engine import (
     num_micro_batches,
     schedule_factor,
 )
-from pipeline.training.log import RunLog, run_lock
+from pipeline.training.log import RunLog, run_lock, write_category_maps
 from pipeline.training.manifest import (
+    Manifest,
     checkpoint_dir,
     newest_verified,
     read_manifest,
@@ -66,7 +77,7 @@ class Run:
     image_counts: NDArray[np.int64]
     stream: Stream
     engine: Engine
-    teacher: Teacher | None
+    soft_labels: SoftLabels | None
 
 
 Evaluate = Callable[[], None]
@@ -76,68 +87,112 @@ IN_LINE_TIMEOUT = timedelta(hours=4)
 
 
 def train(
-    recipe: Recipe, device: torch.device, check_in: CheckIn, evaluate: Evaluate | None = None
+    recipe: Recipe,
+    device: torch.device,
+    check_in: CheckIn,
+    evaluate: Evaluate | None = None,
+    soft_labels: SoftLabels | None = None,
 ) -> None:
     """Train a stage from its newest checkpoint, or from its beginning, to its last step.
 
     Every rank of the default process group calls it with the same recipe; shards and teacher are
     there. It saves a checkpoint every `checkpoint_every` steps and after the last one. Each
     `evaluation.every` steps it saves one and marks it as waiting for its evaluation, and the first
-    rank calls `evaluate` where it is given. When `check_in` of any rank is True, all ranks save in
-    the same step and raise `StopRequested`.
+    rank calls `evaluate` where it is given. `soft_labels` are a pool's; without it a teacher is
+    loaded here. When `check_in` of any rank is True, all ranks save in the same step and raise
+    `StopRequested`.
     """
     init_process_group(device)
-    section = recipe.training
     with ExitStack() as stack:
         resumed = on_first_rank(lambda: open_run_dir(recipe, stack))
-        if resumed is not None and read_manifest(resumed).step >= section.steps:
+        if resumed is not None and read_manifest(resumed).step >= recipe.training.steps:
             return
-        run, progress = start(recipe, device, resumed)
+        run, progress = start(recipe, device, resumed, soft_labels)
         log = stack.enter_context(RunLog(recipe, progress.step)) if dist.get_rank() == 0 else None
-        steps = run.stream.iterate(progress.step, section.steps)
-        saved, loss, window = progress.step if resumed else None, None, Window()
-        while progress.step < section.steps:
-            with window.timed("data_wait"):
-                batches, failure = next_batches(steps)
-            stop = check_in(progress.step, loss)
-            facts = agree_on_step(batches, failure, stop, run.vocabulary.num_categories, device)
-            if facts.stop or batches is None:
-                if saved != progress.step:
-                    log_window(run, progress, window, log)
-                    save_checkpoint(run, progress)
-                raise StopRequested(
-                    f"stopped after step {progress.step} of {section.steps} and saved in "
-                    f"{recipe.run_dir}; the same command goes on from there"
-                )
-            columns = class_columns(
-                facts.labelled > 0,
-                run.image_counts,
-                recipe.detector.losses,
-                recipe.seed,
-                progress.step,
+        saved = progress.step if resumed else None
+        train_steps(run, progress, log, check_in, evaluate, saved)
+
+
+def train_steps(
+    run: Run,
+    progress: Progress,
+    log: RunLog | None,
+    check_in: CheckIn,
+    evaluate: Evaluate | None,
+    saved: int | None,
+) -> None:
+    """The steps that are left, with their checkpoints and evaluations; see `train`.
+
+    `saved` is the step that a checkpoint is there of, None where there is none.
+    """
+    recipe, section = run.recipe, run.recipe.training
+    held = 0 if run.soft_labels is None else run.soft_labels.batches_ahead
+    steps = asked_ahead(run.stream.iterate(progress.step, section.steps, held), run.soft_labels)
+    loss, window = None, Window()
+    while progress.step < section.steps:
+        with window.timed("data_wait"):
+            batches, failure = next_batches(steps)
+        facts = agree_on_step(
+            batches,
+            failure,
+            check_in(progress.step, loss),
+            run.vocabulary.num_categories,
+            run.engine.device,
+            len(run.stream.ledger.unshared),
+            coarse_boxes=recipe.learns_coarse_boxes,
+        )
+        if facts.unshared:
+            share_unreadable(run, progress, log)
+        if facts.stop or batches is None:
+            if saved != progress.step:
+                log_window(run, progress, window, log)
+                save_checkpoint(run, progress)
+            raise StopRequested(
+                f"stopped after step {progress.step} of {section.steps} and saved in "
+                f"{recipe.run_dir}; the same command goes on from there"
             )
-            on_device = None if columns is None else torch.from_numpy(columns).to(device)
-            context = LossContext(max(1.0, facts.num_boxes), on_device)
-            suspects = run_step(run, batches, context, window)
-            progress.step += 1
-            count_consumed(progress, batches, facts.labelled, run.vocabulary)
-            if suspects is not None:
-                progress.skipped_steps += 1
-                report_skipped(run, progress, suspects, log)
-            done = progress.step == section.steps
-            waits = not done and is_evaluated_live(recipe, progress.step)
-            saves = done or waits or progress.step % section.checkpoint_every == 0
-            if saves or progress.step % section.log_every == 0:
-                # With each checkpoint too, so that a resumed run's lines leave no step out.
-                loss = log_window(run, progress, window, log)
-            if saves:
-                with window.timed("checkpoint_wait"):
-                    save_checkpoint(run, progress, wait_for_evaluation=waits)
-                saved = progress.step
-            if waits and evaluate is not None:
-                with window.timed("evaluation_wait"):
-                    on_first_rank(evaluate)
-        check_in(progress.step, loss)
+        take_step(run, progress, batches, facts, window, log)
+        done = progress.step == section.steps
+        waits = not done and is_evaluated_live(recipe, progress.step)
+        saves = done or waits or progress.step % section.checkpoint_every == 0
+        if saves or progress.step % section.log_every == 0:
+            # With each checkpoint too, so that a resumed run's lines leave no step out.
+            loss = log_window(run, progress, window, log)
+        if saves:
+            with window.timed("checkpoint_wait"):
+                save_checkpoint(run, progress, wait_for_evaluation=waits)
+            saved = progress.step
+        if waits and evaluate is not None:
+            with window.timed("evaluation_wait"):
+                on_first_rank(evaluate)
+    check_in(progress.step, loss)
+
+
+def take_step(
+    run: Run,
+    progress: Progress,
+    batches: StepBatches,
+    facts: StepFacts,
+    window: Window,
+    log: RunLog | None,
+) -> None:
+    """One step with what all ranks know of it, counted; skipped where it is not finite."""
+    recipe = run.recipe
+    columns = class_columns(
+        facts.labelled > 0,
+        run.image_counts,
+        recipe.detector.losses,
+        recipe.seed,
+        progress.step,
+    )
+    on_device = None if columns is None else torch.from_numpy(columns).to(run.engine.device)
+    context = LossContext(max(1.0, facts.num_boxes), on_device, recipe.training.batch_size)
+    suspects = run_step(run, batches, context, window)
+    progress.step += 1
+    count_consumed(progress, batches, facts.labelled, run.vocabulary)
+    if suspects is not None:
+        progress.skipped_steps += 1
+        report_skipped(run, progress, suspects, log)
 
 
 def is_evaluated_live(recipe: Recipe, step: int) -> bool:
@@ -154,7 +209,10 @@ def log_window(run: Run, progress: Progress, window: Window, log: RunLog | None)
     rate = section.learning_rate * schedule_factor(progress.step - 1, section)
     values = window.values(section, rate, run.engine.device)
     if log is not None:
-        log.write("step", progress.step, values | {"consumed": progress.consumed()})
+        lengths = run.stream.plan.epoch_lengths
+        epochs = {name: number / lengths[name] for name, number in progress.samples.items()}
+        seen = {"consumed": progress.consumed(), "epochs": epochs}
+        log.write("step", progress.step, values | seen)
     loss: float | None = values["loss"]
     return loss
 
@@ -171,7 +229,12 @@ def open_run_dir(recipe: Recipe, stack: ExitStack) -> Path | None:
     return directory
 
 
-def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[Run, Progress]:
+def start(
+    recipe: Recipe,
+    device: torch.device,
+    resumed: Path | None,
+    soft_labels: SoftLabels | None = None,
+) -> tuple[Run, Progress]:
     """Everything that a rank needs, with the weights and moments of `resumed` where it is given,
     else with the first weights of the recipe."""
     data, section = recipe.data, recipe.training
@@ -188,7 +251,11 @@ def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[R
         rank=dist.get_rank(),
         world_size=world_size,
     )
-    student, teacher = build_student(recipe, vocabulary, device, pretrained=resumed is None)
+    if dist.get_rank() == 0:
+        write_category_maps(recipe.run_dir, stream.category_maps)
+    student, soft_labels = build_student(
+        recipe, vocabulary, device, pretrained=resumed is None, soft_labels=soft_labels
+    )
     progress, state = Progress(0, 0, stream.plan.state()), None
     if resumed is not None:
         manifest = read_manifest(resumed)
@@ -198,6 +265,8 @@ def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[R
         progress.step, progress.skipped_steps = manifest.step, manifest.skipped_steps
         progress.samples.update(manifest.consumed["samples"])
         progress.instances.update(manifest.consumed["instances"])
+        stream.ledger.merge(manifest.unreadable)
+        warn_of_another_decoder(manifest)
         if dist.get_rank() == 0:
             logger.info("going on from %s", resumed)
     elif recipe.initialize_from is not None:
@@ -209,7 +278,20 @@ def start(recipe: Recipe, device: torch.device, resumed: Path | None) -> tuple[R
     engine = Engine(student, section, accumulation, state)
     counts = counted.image_counts()
     image_counts = np.array([counts[number] for number in vocabulary.ids], dtype=np.int64)
-    return Run(recipe, vocabulary, image_counts, stream, engine, teacher), progress
+    return Run(recipe, vocabulary, image_counts, stream, engine, soft_labels), progress
+
+
+def warn_of_another_decoder(manifest: Manifest) -> None:
+    """Say so, on the first rank, when images are decoded by another program than before."""
+    before, now = manifest.versions.get(DECODER), decoder_name()
+    if before is not None and before != now and dist.get_rank() == 0:
+        logger.warning(
+            "images were decoded by %s up to step %d and are now by %s: pixels may differ by a "
+            "level here and there, so the run does not go on bit by bit",
+            before,
+            manifest.step,
+            now,
+        )
 
 
 def next_batches(
@@ -220,34 +302,6 @@ def next_batches(
         return next(steps), None
     except LongtailError as error:
         return None, error
-
-
-def class_columns(
-    present: NDArray[np.bool_],
-    image_counts: NDArray[np.int64],
-    section: Losses,
-    seed: int,
-    step: int,
-) -> NDArray[np.int64] | None:
-    """Columns of the federated class loss in a step (Zhou et al. 2021), ascending, or None for all.
-
-    Those that are present in the global batch, filled up to `federated_categories` with others
-    drawn without replacement, with probability proportional to image_count ** federated_power. A
-    pure function of its arguments.
-    """
-    if not 0 < section.federated_categories < len(present):
-        return None
-    uniform = np.random.Generator(np.random.Philox(key=[seed, step])).random(len(present))
-    weights = image_counts.astype(np.float64) ** section.federated_power
-    weights[(image_counts == 0) | present] = 0
-    # The largest values of u ** (1 / w) are a weighted sample (Efraimidis and Spirakis 2006).
-    with np.errstate(divide="ignore"):
-        keys = np.where(weights > 0, np.log(uniform) / weights, -np.inf)
-    number = max(0, section.federated_categories - int(present.sum()))
-    drawn = np.argsort(-keys, kind="stable")[:number]
-    drawn = drawn[weights[drawn] > 0]
-    columns = np.union1d(np.flatnonzero(present), drawn)
-    return columns if len(columns) else None
 
 
 def run_step(
@@ -268,9 +322,9 @@ def run_step(
     for batch in batches.micro_batches:
         batch = batch.to(engine.device)
         soft_labels = None
-        if run.teacher is not None:
+        if run.soft_labels is not None:
             with window.timed("teacher_wait"):
-                soft_labels = run.teacher.soft_labels(batch)
+                soft_labels = run.soft_labels.labels(batch)
         losses = engine.forward(batch.images, batch.mask, batch.targets, context, soft_labels)
         totals.append(engine.backward(losses))
         for name, loss in losses.items():
@@ -300,6 +354,17 @@ def report_skipped(run: Run, progress: Progress, own: list[str], log: RunLog | N
         )
 
 
+def share_unreadable(run: Run, progress: Progress, log: RunLog | None) -> None:
+    """Enter what each rank could not read into the ledgers of all, and into the log.
+
+    Raises `DataError`, on all ranks, when the run has met more than its budget.
+    """
+    found = gather_unreadable(run.stream.ledger.unshared)
+    if log is not None:
+        log.write("unreadable", progress.step, {"images": found})
+    run.stream.ledger.merge(found)
+
+
 def count_consumed(
     progress: Progress, batches: StepBatches, labelled: NDArray[np.int64], vocabulary: Vocabulary
 ) -> None:
@@ -313,6 +378,7 @@ def count_consumed(
 def save_checkpoint(run: Run, progress: Progress, *, wait_for_evaluation: bool = False) -> None:
     """Gather the state from all ranks and publish it on the first."""
     state, world_size = run.engine.state(), dist.get_world_size()
+    progress.unreadable = dict(run.stream.ledger.unreadable)
 
     def publish() -> None:
         assert state is not None

@@ -12,9 +12,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
@@ -27,6 +29,10 @@ AVERAGED = "averaged.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 DETECTOR_FILES = (WEIGHTS, AVERAGED)
 """All that a detector is loaded from."""
+METADATA = "longtail"
+"""Key of a safetensors header under which a detector in one file has its manifest."""
+ONE_FILE = ".safetensors"
+"""Suffix of a detector in one file, whose header has the manifest in the place of the folder."""
 CHECKPOINT_NAME = re.compile(r"^step_(\d{8,})$")
 
 HARMLESS_KEYS = (
@@ -35,10 +41,17 @@ HARMLESS_KEYS = (
     "data.root",
     "data.shards",
     "data.workers",
+    "data.reading",
     "data.bad_sample_budget",
     "data.validation",
     "data.transforms.evaluation_short_side",
     "data.transforms.evaluation_max_side",
+    "teacher.placement",
+    "teacher.actors",
+    "teacher.gpus_per_actor",
+    "teacher.cpus_per_actor",
+    "teacher.batches_ahead",
+    "detector.kernel",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
@@ -57,7 +70,8 @@ class Manifest:
     """What a checkpoint says of itself; `files` maps a name to its bytes and sha256.
 
     `consumed` counts what was trained on up to it: `samples` by source, `instances` (labelled
-    boxes) by frequency group.
+    boxes) by frequency group. `unreadable` has the images that could not be read until then, with
+    their reasons, for the budget holds over the whole run.
     """
 
     step: int
@@ -71,6 +85,7 @@ class Manifest:
     versions: dict[str, str]
     world_size: int
     files: dict[str, dict[str, Any]]
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Text of manifest.json."""
@@ -95,15 +110,39 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest as it is written, without looking at the files; raises `StorageError`."""
-    path = directory / MANIFEST
+    """The manifest as it is written, without looking at the files; raises `StorageError`.
+
+    `directory` may be a detector in one file.
+    """
+    path = directory if is_one_file(directory) else directory / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
+        tree = json.loads(_header(path) if path == directory else path.read_text(encoding="utf-8"))
+        # Manifests were written before there were ledgers in them.
+        tree = {"unreadable": {}, **tree}
+        return Manifest(**{part.name: tree[part.name] for part in fields(Manifest)})
     except FileNotFoundError:
         raise StorageError(f"{directory} has no {MANIFEST}: the save did not finish") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is damaged: {error!r}") from None
+
+
+def is_one_file(path: Path) -> bool:
+    """Whether a path is that of a detector in one file, rather than of a checkpoint folder."""
+    return path.suffix == ONE_FILE and path.is_file()
+
+
+def _header(path: Path) -> str:
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{path} could not be read: {error}") from error
+    if METADATA not in metadata:
+        raise StorageError(
+            f"{path} holds tensors without a manifest, so it is not known what model they are of; "
+            "public weights are read by `longtail import-checkpoint`"
+        )
+    return metadata[METADATA]
 
 
 def verify(directory: Path, files: Collection[str] | None = None) -> Manifest:
@@ -112,6 +151,7 @@ def verify(directory: Path, files: Collection[str] | None = None) -> Manifest:
     With `files`, those of them that the manifest names are looked at, and no others.
     """
     manifest = read_manifest(directory)
+    # One file names no others: its header states where each tensor ends, and that was read.
     for name, stated in manifest.files.items():
         if files is not None and name not in files:
             continue

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Targets, normalise
-from pipeline.detectors.interface import Detector, LossContext, TrainingOutput
+from pipeline.detectors.interface import (
+    Detector,
+    LossContext,
+    MatchedRegions,
+    TrainingOutput,
+)
 from pipeline.recipe import Semantic
 
 DETECTOR_PREFIX = "detector."
@@ -45,7 +50,8 @@ class Student(nn.Module):
         """Losses of a micro-batch by log key, weighted; their sum is what is minimised.
 
         `images` is (B, 3, H, W) uint8, `mask` (B, H, W) bool with True on padding; `soft_labels`
-        holds an (N_i, C) float32 tensor for each image and is needed when there is a branch.
+        holds an (N_i, C) float32 tensor for each image, or what else the branch's objective learns
+        (`SemanticBranch.forward`), and is needed when there is a branch, unless for hard labels.
         """
         statistics = cast(Detector, self.detector)
         floats = normalise(images, mask, statistics.pixel_mean, statistics.pixel_std)
@@ -53,10 +59,10 @@ class Student(nn.Module):
             output: TrainingOutput = self.detector(floats, mask, targets, context)
             losses = dict(output.losses)
             if self.branch is not None and self.semantic is not None:
-                assert soft_labels is not None, "the semantic branch needs soft labels"
-                names = ("loss/semantic", "loss/semantic_dn")[: 1 + self.semantic.denoising]
-                for name, matched in zip(names, output.matched, strict=False):
-                    loss = self.branch(matched, soft_labels, targets, context.num_boxes)
+                for name, matched in _semantic_regions(self.semantic, output).items():
+                    loss = self.branch(
+                        matched, soft_labels, targets, context.num_boxes, context.class_columns
+                    )
                     losses[name] = self.semantic.weight * loss
         return {name: loss.float() for name, loss in losses.items()}
 
@@ -64,6 +70,20 @@ class Student(nn.Module):
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
+
+
+def _semantic_regions(section: Semantic, output: TrainingOutput) -> dict[str, MatchedRegions]:
+    """The regions that the branch learns from, by log key: `loss/semantic` and `loss/semantic_dn`
+    of the last layer, with `_0`, `_1`, ... for the earlier ones where all layers are learned."""
+    layers = {"": output.matched}
+    if section.layers == "all":
+        layers |= {f"_{number}": regions for number, regions in enumerate(output.earlier)}
+    names = ("loss/semantic", "loss/semantic_dn")[: 1 + section.denoising]
+    return {
+        f"{name}{suffix}": matched
+        for suffix, regions in layers.items()
+        for name, matched in zip(names, regions, strict=False)
+    }
 
 
 def export_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.stream import StepBatches
+from pipeline.data.stream.batches import StepBatches
+from pipeline.data.stream.reader import LEFT_OUT
 from pipeline.recipe import Training
 
 WAITS = ("data_wait", "teacher_wait", "checkpoint_wait", "evaluation_wait")
@@ -36,6 +37,11 @@ class Window:
         """Count a step; losses of one that was skipped (`norm` not finite) are left out."""
         self.steps += 1
         self._samples.update(batches.sources)
+        self._dropped.update(batches.dropped)
+        for batch in batches.micro_batches:
+            padding, pixels = batch.num_pixels()
+            self._padding += padding
+            self._pixels += pixels
         self._last["stream"] = batches.stream
         if math.isfinite(norm):
             self._applied += 1
@@ -48,10 +54,14 @@ class Window:
         seconds = (time.perf_counter() - self._begun) / self.steps
         names = sorted(self._losses)
         sums = [torch.as_tensor(self._losses[name], device=device).double() for name in names]
-        waits = [torch.tensor(wait, device=device).double() for wait in self._waits.values()]
-        numbers = torch.stack([*sums, *waits])
+        dropped = [self._dropped[reason] for reason in LEFT_OUT]
+        counts = [*self._waits.values(), self._padding, self._pixels, *dropped]
+        of_host = torch.tensor(counts, dtype=torch.float64, device=device)
+        numbers = torch.stack([*sums, *of_host])
         dist.all_reduce(numbers)
-        totals, waited = numbers.tolist()[: len(names)], numbers.tolist()[len(names) :]
+        totals = numbers[: len(names)].tolist()
+        *waited, padding, pixels = numbers[len(names) : -len(LEFT_OUT)].tolist()
+        dropped = numbers[-len(LEFT_OUT) :].tolist()
         means = {n: total / self._applied for n, total in zip(names, totals, strict=True)}
         ranks_and_steps = dist.get_world_size() * self.steps
         values = {
@@ -61,10 +71,14 @@ class Window:
             **self._last,
             "images_per_second": section.batch_size / seconds,
             **{n: wait / ranks_and_steps for n, wait in zip(self._waits, waited, strict=True)},
+            "padding": padding / pixels,
             "seconds": seconds,
             "steps": self.steps,
             **_memory(device),
             "samples": dict(self._samples),
+            "dropped": {
+                reason: int(count) for reason, count in zip(LEFT_OUT, dropped, strict=True) if count
+            },
         }
         self._restart()
         return values
@@ -75,6 +89,8 @@ class Window:
         self._losses: dict[str, Tensor | float] = {}
         self._waits = dict.fromkeys(WAITS, 0.0)
         self._samples: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._padding, self._pixels = 0, 0
         self._last: dict[str, Any] = {"grad_norm": None, "stream": None}
 
 

@@ -13,7 +13,7 @@ from test_engine import BATCH, MICRO, section, toy_student, train_step
 from torch import nn
 from toy_student import NUM_CATEGORIES, ToyDetector, run_ranks
 
-from pipeline.data.vocabulary import Category, Vocabulary
+from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
 from pipeline.training.checkpoint import (
@@ -304,6 +304,18 @@ def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
         RecipeError, match=r"box_embed.weight has shape \(4, 5\) there and \(3, 5\)"
     ):
         initialize(detector, directory, vocabulary())
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (NUM_CATEGORIES, 6)])
+def test_rows_of_a_class_head_of_another_kind_are_no_categories(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """A language head has a weight of the same name, with a row for each of the text's numbers."""
+    weights = toy_state().weights | {"detector.class_embed.weight": torch.ones(shape)}
+    state = State(weights, {}, {}, updates=0)
+    directory = save(state, Progress(5, 0, {"seed": 0}), make_recipe(tmp_path), vocabulary(), 1)
+    with pytest.raises(RecipeError, match=r"class_embed.weight has shape"):
+        initialize(ToyDetector(4), directory, vocabulary(["ring", "sun", "cat", "dog"]))
 
 
 def test_initialize_from_finds_a_run_by_name_and_by_path(tmp_path: Path) -> None:

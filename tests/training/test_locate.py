@@ -84,6 +84,7 @@ def test_half_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_is_refused_with_the_forms_that_are(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text(json.dumps({"files": []}))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -91,7 +92,8 @@ def test_what_is_no_checkpoint_is_refused_with_the_forms_that_are(tmp_path: Path
     cases: list[tuple[str, type[LongtailError], str]] = [
         ("absent", RecipeError, "absent does not exist; give an exported folder"),
         ("absent.yaml", RecipeError, "absent.yaml does not exist"),
-        ("weights.safetensors", RecipeError, "is a file, and a checkpoint is a folder"),
+        ("weights.safetensors", StorageError, "could not be read"),
+        ("notes.txt", RecipeError, "is a file, and a checkpoint is a folder"),
         ("empty", RecipeError, "is not a checkpoint and holds none; give an exported folder"),
         ("other", StorageError, "damaged"),
         ("run", StorageError, "no checkpoint in"),

@@ -4,16 +4,16 @@ import json
 import logging
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_world import (
     assert_same_end,
     metrics,
-    prepare,
+    prepare_here,
     start_command,
     tiny_recipe,
     wait_for_step,
@@ -21,26 +21,24 @@ from tiny_world import (
 )
 
 from pipeline.data.batch import Batch, Targets
-from pipeline.data.stream import StepBatches
+from pipeline.data.shards.preparing import load_index, shards_url
+from pipeline.data.stream.batches import StepBatches
 from pipeline.errors import RecipeError, StopRequested, StorageError
-from pipeline.recipe import Losses, Recipe
+from pipeline.recipe import Recipe
 from pipeline.training import loop
 from pipeline.training.agreement import agree_on_step
 from pipeline.training.build import build_student
 from pipeline.training.checkpoint import load_detector, load_state
 from pipeline.training.log import RunLog, run_lock
-from pipeline.training.loop import class_columns, join_process_group, train, train_here
+from pipeline.training.loop import join_process_group, train, train_here
 from pipeline.training.manifest import checkpoint_dir, newest_verified, verify
 from pipeline.training.metrics import remove_lines_after
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    torch.set_num_threads(1)
-    join_process_group(torch.device("cpu"))
-    prepare(path)
-    return path
+def folder(module_path: Path) -> Path:
+    prepare_here(module_path)
+    return module_path
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +59,20 @@ def test_a_run_writes_what_a_run_directory_has(finished: Recipe) -> None:
     for key in ("learning_rate", "grad_norm", "images_per_second", "data_wait", "teacher_wait"):
         assert last[key] >= 0
     assert sum(last["samples"].values()) == 4
+    # Optimiser steps and passes over the data: 4 of 8 steps have 4 images of each stream.
+    index = {s.name: load_index(shards_url(finished.data, s)) for s in finished.data.sources}
+    assert last["step"] == 8 and last["epochs"].keys() == {"lvis_train", "imagenet"}
+    assert last["epochs"]["imagenet"] == 16 / index["imagenet"].num_samples
+    assert 0 < last["epochs"]["lvis_train"] <= 16 / index["lvis_train"].num_samples
     environment = json.loads((finished.run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"]
+    assert environment["deformable_attention"].startswith(("compiled here", "portable ("))
     assert list((finished.run_dir / "tensorboard").iterdir())
+    # Of the source whose categories are not the detector's; each line says by what it was mapped.
+    [found] = (finished.run_dir / "category_maps").iterdir()
+    header, *lines = found.read_text().splitlines()
+    assert found.name == "imagenet.csv" and header.startswith("source_id,source_name")
+    assert lines and all(line.endswith(",synset,") for line in lines)
     newest = newest_verified(finished.run_dir)
     assert newest == checkpoint_dir(finished.run_dir, 8)
     assert verify(newest).recipe_hash == finished.hash()
@@ -142,6 +151,38 @@ def test_the_branch_changes_nothing_at_inference(folder: Path) -> None:
     assert torch.equal(outputs[0].boxes, outputs[1].boxes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("semantic", "losses", "terms"),
+    [
+        ({"labels": "hard"}, {}, {"semantic", "semantic_dn"}),
+        ({"objective": "features", "layers": "all"}, {}, {"semantic", "semantic_0"}),
+        ({"columns": "federated", "entropy_weighting": True}, {}, {"semantic"}),
+        (None, {"image_level": "max_size"}, {"image_level", "image_level_0"}),
+        ({}, {"image_level": "max_score"}, {"image_level", "semantic"}),
+    ],
+    ids=["hard", "features", "federated", "detic", "detic with the branch"],
+)
+def test_every_objective_trains(
+    folder: Path,
+    request: pytest.FixtureRequest,
+    semantic: dict[str, object] | None,
+    losses: dict[str, object],
+    terms: set[str],
+) -> None:
+    name = request.node.callspec.id.replace(" ", "_")
+    detector = tiny_recipe(folder, "any").detector.model_dump()
+    detector["losses"] |= losses
+    recipe = tiny_recipe(folder, name, semantic=semantic, detector=detector, training={"steps": 2})
+    train_here(recipe)
+    last = metrics(recipe)[-1]
+    assert last["stream"] == "extra" and math.isfinite(last["grad_norm"])
+    for term in terms:
+        assert last[f"loss/{term}"] > 0, term
+    if losses:
+        assert last["loss/class"] == last["loss/box_l1"] == last["loss/box_giou_dn"] == 0
+
+
 def test_fine_tuning_starts_from_another_run(finished: Recipe, folder: Path) -> None:
     recipe = tiny_recipe(
         folder, "fine", initialize_from="finished", training={"steps": 1, "learning_rate": 1e-12}
@@ -203,34 +244,14 @@ def test_padding_samples_do_not_count() -> None:
         agree_on_step(None, StorageError("shard 7"), False, 5, torch.device("cpu"))
 
 
-def test_federated_columns() -> None:
-    counts = np.array([1000, 100, 10, 1, 0, 500, 50, 5, 2, 3])
-    present = np.zeros(10, dtype=bool)
-    present[[3, 4]] = True
-    section = Losses(federated_categories=5)
-    columns = class_columns(present, counts, section, seed=1, step=7)
-    assert columns is not None and len(columns) == 5 and {3, 4} <= set(columns.tolist())
-    assert columns.tolist() == class_columns(present, counts, section, seed=1, step=7).tolist()
-    drawn = [
-        class_columns(present, counts, section, seed=1, step=step).tolist() for step in range(2000)
-    ]
-    assert len({tuple(columns) for columns in drawn}) > 20
-    often = np.bincount(np.concatenate(drawn), minlength=10) / 2000
-    assert often[0] > often[5] > often[1] > often[6] > often[2] > often[8] > 0
-    everything = np.ones(10, dtype=bool)
-    assert class_columns(everything, counts, section, 1, 7).tolist() == list(range(10))
-    assert class_columns(present, counts, Losses(federated_categories=0), 1, 7) is None
-    assert class_columns(present, counts, Losses(federated_categories=10), 1, 7) is None
-
-
-def test_the_first_drawn_column_has_the_stated_probability() -> None:
-    counts = np.array([9, 1, 4])
-    first = [
-        int(class_columns(np.zeros(3, bool), counts, Losses(federated_categories=1), 0, step)[0])
-        for step in range(6000)
-    ]
-    share = np.bincount(first, minlength=3) / 6000
-    assert share == pytest.approx(np.array([3, 1, 2]) / 6, abs=0.02)
+def test_coarse_boxes_do_not_count_where_nothing_learns_from_them() -> None:
+    join_process_group(torch.device("cpu"))
+    batches = batch_of(labels(1, 3), replace(labels(2, 2, 4), coarse=True))
+    facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
+    assert facts.num_boxes == 5
+    facts = agree_on_step(batches, None, False, 5, torch.device("cpu"), coarse_boxes=False)
+    assert facts.num_boxes == 2
+    assert facts.labelled.tolist() == [0, 1, 2, 1, 1]
 
 
 def test_lines_after_the_resumed_step_go_and_so_does_half_a_line(tmp_path: Path) -> None:
