@@ -1,13 +1,15 @@
 """What `longtail check` refuses before anything is spent: resources and packages."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_world import tiny_recipe
+from tiny_world import in_line, tiny_recipe
 
 from pipeline.check import check_stages
-from pipeline.data.miniature import draw_world
+from pipeline.data.miniature.world import draw_world
+from pipeline.data.shards.preparing import prepare_source
 from pipeline.errors import RecipeError
 
 
@@ -19,7 +21,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_good_recipe_is_described(folder: Path) -> None:
-    assert "tiny" in check_stages([tiny_recipe(folder, "tiny")])
+    text = check_stages([tiny_recipe(folder, "tiny")])
+    assert "tiny" in text
+    assert "at most     2 x 96x96 pixels a micro-batch; 300 boxes and 12 + 8 queries" in text
+    assert "MB for the distributions of the semantic branch" in text
+    # Two rows of 12 categories, at 2 layers of 2 images, for each of 400 matched queries, as many
+    # as there may be boxes, and of 1600 denoised ones.
+    many = {"num_queries": 5000, "denoising": {"num_queries": 3200}}
+    detector = tiny_recipe(folder, "tiny").detector.model_dump() | many
+    data = {"max_boxes": 400}
+    wide = tiny_recipe(folder, "wide", detector=detector, data=data, semantic={"layers": "all"})
+    assert "0.8 MB for the distributions of the semantic branch" in check_stages([wide])
+    plain = tiny_recipe(folder, "plain", semantic=None)
+    assert "semantic branch" not in check_stages([plain])
+    assert re.search(r"backbone +resnet\w+, \d+\.\d M parameters: \d\.\d\d GB of weights", text)
+    crowded = tiny_recipe(folder, "tiny", data={"max_boxes": 500}, training={"micro_batch": 1})
+    assert "1 x 96x96 pixels a micro-batch; 500 boxes" in check_stages([crowded])
 
 
 @pytest.mark.parametrize(
@@ -37,7 +54,7 @@ def test_what_is_not_there_is_refused(
     changes: dict[str, dict[str, object]],
     message: str,
 ) -> None:
-    monkeypatch.setattr("pipeline.check.find_spec", lambda package: None)
+    monkeypatch.setattr("pipeline.check.machine.find_spec", lambda package: None)
     with pytest.raises(RecipeError, match=message):
         check_stages([tiny_recipe(folder, "tiny", **changes)])
 
@@ -47,3 +64,37 @@ def test_gpus_that_are_not_there_are_refused(folder: Path) -> None:
     recipe = tiny_recipe(folder, "tiny", cluster={"gpus_per_worker": 1})
     with pytest.raises(RecipeError, match="no GPU that torch can use"):
         check_stages([recipe])
+
+
+def test_a_validation_source_that_was_stored_smaller_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    validation = {
+        "name": "lvis_val",
+        "format": "lvis",
+        "images": "lvis",
+        "annotations": "annotations/lvis_v1_val.json",
+    }
+    data = {"validation": validation, "shards": str(tmp_path)}
+    recipe = tiny_recipe(folder, "tiny", data=data)
+    assert recipe.data.validation is not None
+    prepare_source(recipe.data.validation, recipe.data, in_line, short_side=40)
+    with pytest.raises(RecipeError, match="lvis_val were stored smaller, and AP is in pixels"):
+        check_stages([recipe])
+    prepare_source(recipe.data.validation, recipe.data, in_line)
+    check_stages([recipe])
+
+
+def test_a_stage_may_train_differently_what_it_starts_from(folder: Path) -> None:
+    """Only what the weights depend on has to be the same."""
+    first = tiny_recipe(folder, "first")
+    backbone = first.detector.backbone.model_dump() | {"frozen_stages": 1, "layer_decay": 0.9}
+    free = {"backbone": backbone, "kernel": "portable", "denoising": {"num_queries": 4}}
+    check_stages([first, tiny_recipe(folder, "fine", initialize_from="first", detector=free)])
+    for detector, message in (
+        ({"decoder_layers": 3}, r"detector\.decoder_layers is another: \d there, 3 here"),
+        ({"backbone": backbone | {"name": "resnet14t"}}, r"detector\.backbone\.name is another"),
+    ):
+        second = tiny_recipe(folder, "fine", initialize_from="first", detector=detector)
+        with pytest.raises(RecipeError, match=message):
+            check_stages([first, second])

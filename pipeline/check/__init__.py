@@ -1,0 +1,6 @@
+"""`longtail check`: refuse what cannot work before anything is spent, and say what will be done."""
+
+from pipeline.check.needs import needs_teacher, sources_of
+from pipeline.check.stages import check_stages
+
+__all__ = ["check_stages", "needs_teacher", "sources_of"]

@@ -1,0 +1,168 @@
+"""Training workers under Ray Train, restarted from their newest checkpoint."""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import ray
+
+from pipeline import errors
+from pipeline.cluster.connection import start_ray
+from pipeline.cluster.live import LiveEvaluation
+from pipeline.cluster.office import (
+    POLL_S,
+    Office,
+    OfficeHandler,
+    OnProgress,
+    show,
+    wish_to_stop,
+)
+from pipeline.cluster.teacher_actor import recipe_actors
+from pipeline.errors import LongtailError, StopRequested
+from pipeline.recipe import Recipe
+from pipeline.training.manifest import newest_verified, refuse_another_recipe
+
+PROCESS_GROUP_TIMEOUT_S = 600
+
+
+def train_on_cluster(
+    recipe: Recipe,
+    on_progress: OnProgress | None = None,
+    stop: threading.Event | None = None,
+    evaluate: Callable[[Recipe], str | None] | None = None,
+) -> None:
+    """Train a stage on Ray workers, from its newest checkpoint, through failures of workers.
+
+    The actors of its pool of teachers, if the recipe has one, live as long as this call.
+    `evaluate` is run as a Ray task, beside the training, for each checkpoint that waits for its
+    evaluation; the text that it returns is logged. `stop`, or SIGTERM and SIGINT where it is not
+    given, makes all workers save a checkpoint; then `StopRequested` is raised. What a worker raises
+    as a `LongtailError` is raised here as the same class. Raises `RecipeError` before anything is
+    started where the run belongs to another recipe.
+    """
+    newest = newest_verified(recipe.run_dir)
+    if newest is not None:
+        refuse_another_recipe(newest, recipe)
+    start_ray(recipe.cluster)
+    office = ray.remote(num_cpus=0)(Office).remote()
+    teachers = recipe_actors(recipe)
+    storage = tempfile.mkdtemp(prefix="longtail_ray_train_")
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _make_trainer(recipe, office, teachers, storage).fit()
+        except Exception as error:  # raised again in the main thread
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="ray train")
+    try:
+        with wish_to_stop(stop) as wish, closing(LiveEvaluation(recipe, evaluate)) as live:
+            thread.start()
+            asked = False
+            while thread.is_alive():
+                thread.join(POLL_S)
+                if wish.is_set() and not asked:
+                    asked = True
+                    office.stop.remote()
+                show(office, on_progress)
+                live.poll()
+            if not failure:
+                live.drain(wish)
+        show(office, on_progress)
+        error = ray.get(office.error.remote())
+        if error is not None:
+            name, message = error
+            raise getattr(errors, name)(message)
+        if failure:
+            raise failure[0]
+    finally:
+        for actor in (office, *teachers):
+            ray.kill(actor)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    section = recipe.cluster
+    resources = {"CPU": section.cpus_per_worker}
+    if section.gpus_per_worker:
+        resources["GPU"] = section.gpus_per_worker
+    return TorchTrainer(
+        _work,
+        train_loop_config={
+            "recipe": recipe.model_dump_json(),
+            "office": office,
+            "teachers": teachers,
+            "directory": os.getcwd(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=section.workers,
+            use_gpu=section.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if section.gpus_per_worker else "gloo",
+            timeout_s=PROCESS_GROUP_TIMEOUT_S,
+        ),
+        run_config=RunConfig(
+            name=f"{recipe.name}-{secrets.token_hex(4)}",
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=section.max_failures, controller_failure_limit=1
+            ),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each training worker runs."""
+    import torch
+
+    from pipeline.training.device import worker_device
+    from pipeline.training.loop import train
+
+    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
+    if ray.get(office.error.remote()) is not None:
+        return  # A restart after an error that would only come again.
+    os.chdir(config["directory"])
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    first = ray.train.get_context().get_world_rank() == 0
+    if first:
+        logging.getLogger("pipeline").addHandler(OfficeHandler(office))
+        logging.getLogger("pipeline").setLevel(logging.INFO)
+    answers: deque[Any] = deque()
+
+    def check_in(step: int, loss: float | None) -> bool:
+        if not first:
+            return False
+        note = "" if loss is None else f"loss {loss:.4g}"
+        answers.append(office.report.remote((step, recipe.training.steps, note)))
+        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        for reference in ready:
+            answers.remove(reference)
+        return any(ray.get(ready))
+
+    pool = None
+    if config["teachers"]:
+        from pipeline.cluster.teacher_pool import TeacherPool
+
+        rank = ray.train.get_context().get_world_rank()
+        pool = TeacherPool(config["teachers"], recipe.teacher.batches_ahead, rank)
+    try:
+        train(recipe, worker_device(recipe), check_in, soft_labels=pool)
+    except LongtailError as error:
+        ray.get(office.fail.remote(type(error).__name__, str(error)))
+        if not isinstance(error, StopRequested):
+            raise
