@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.data.shards import prepare_source
+from pipeline.data.shards.preparing import prepare_source
 from pipeline.evaluation.checkpoints import evaluate_newest
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_from_tree
