@@ -19,6 +19,8 @@ from pipeline.errors import LongtailError, RecipeError
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+DATA_SET_OPTIONS = ("images", "annotations", "root", "shards", "name")
+"""Of `prepare --format`, beside the format."""
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -34,16 +36,41 @@ def load_recipes(words: Sequence[str]) -> "list[Recipe]":
 
 def run(arguments: argparse.Namespace) -> None:
     """`longtail run A.yaml B.yaml`."""
+    recipes = load_recipes(arguments.recipe)
     from pipeline.run import run_stages
 
-    run_stages(load_recipes(arguments.recipe))
+    run_stages(recipes)
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """`longtail prepare A.yaml`."""
-    from pipeline.run import prepare_stages
+    """`longtail prepare A.yaml`, or `--format FORMAT --images DIR` for one data set."""
+    options = {key: getattr(arguments, key) for key in DATA_SET_OPTIONS}
+    given = [f"--{key}" for key, value in options.items() if value is not None]
+    if arguments.format is None:
+        if given:
+            raise RecipeError(f"{', '.join(given)} belong to --format; a recipe has these as keys")
+        recipes = load_recipes(arguments.recipe)
+        from pipeline.run import prepare_stages
 
-    prepare_stages(load_recipes(arguments.recipe))
+        prepare_stages(recipes, soft_labels=arguments.soft_labels)
+        return
+    words, overrides = split_overrides(arguments.recipe)
+    if words:
+        raise RecipeError(f"give either recipes or --format, not both (got {', '.join(words)})")
+    from pipeline.recipe.dataset import DataSet
+    from pipeline.recipe_file import apply_override, section_from_tree
+
+    source = {key: options[key] for key in ("images", "annotations") if options[key] is not None}
+    source |= {"format": arguments.format, "name": arguments.name or arguments.format}
+    data = {"root": arguments.root or ".", "shards": arguments.shards or os.path.abspath("shards")}
+    tree: dict[str, object] = {"source": source, "data": data}
+    for word in overrides:
+        section = word.partition("=")[0].partition(".")[0]
+        apply_override(tree, word if section in ("data", "cluster") else f"source.{word}")
+    found = section_from_tree(DataSet, tree, "longtail prepare")
+    from pipeline.preparation import prepare_dataset
+
+    prepare_dataset(found.source, found.data, found.cluster)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -62,10 +89,23 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """`longtail check A.yaml`."""
-    from pipeline.check import check_stages
+    """`longtail check A.yaml`, or with `--workers N --gpu-memory 80` what it would need there."""
+    recipes = load_recipes(arguments.recipe)
+    options = (arguments.workers, arguments.gpu_memory, arguments.step_seconds)
+    if all(value is None for value in options):
+        from pipeline.check import check_stages
 
-    print(check_stages(load_recipes(arguments.recipe)))
+        print(check_stages(recipes))
+        return
+    from pipeline.check.prediction import Asked, predict_stage
+
+    refusals = []
+    for recipe in recipes:
+        found = predict_stage(recipe, Asked(*options))
+        print(found.text, flush=True)
+        refusals += [found.refusal] if found.refusal else []
+    if refusals:
+        raise RecipeError("; ".join(refusals))
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -107,7 +147,7 @@ def _run_dir(word: str, overrides: Sequence[str]) -> Path:
 def evaluate(arguments: argparse.Namespace) -> None:
     """`longtail evaluate A.yaml`, or `--annotations GT.json --detections DT.json`."""
     files = (arguments.annotations, arguments.detections)
-    if any(files) and (not all(files) or arguments.recipe):
+    if any(files) and (not all(files) or arguments.recipe or arguments.checkpoint):
         raise RecipeError("give either a recipe, or both --annotations and --detections")
     if all(files):
         from pipeline.evaluation.files import check_output, evaluate_files
@@ -138,7 +178,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     from pipeline.run import evaluate_stages
 
-    evaluate_stages(load_recipes(arguments.recipe), official=arguments.official)
+    evaluate_stages(
+        load_recipes(arguments.recipe),
+        official=arguments.official,
+        checkpoint=arguments.checkpoint,
+    )
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -164,6 +208,21 @@ def export(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def import_checkpoint(arguments: argparse.Namespace) -> None:
+    """`longtail import-checkpoint FILE --from ORIGIN`."""
+    from pipeline.evaluation.import_checkpoint import import_checkpoint
+
+    print(
+        import_checkpoint(
+            arguments.file,
+            arguments.origin,
+            arguments.output,
+            annotations=arguments.annotations,
+            ema=arguments.ema,
+        )
+    )
+
+
 def predict(arguments: argparse.Namespace) -> None:
     """`longtail predict CHECKPOINT IMAGE...`."""
     from pipeline.training.locate import locate_checkpoint
@@ -186,6 +245,55 @@ def predict(arguments: argparse.Namespace) -> None:
     )
 
 
+def vocabulary(arguments: argparse.Namespace) -> None:
+    """`longtail vocabulary PLACE`, or `--map SOURCE TARGET`."""
+    from pipeline.data.vocabulary import category_lists
+
+    if (arguments.place is None) == (arguments.map is None):
+        raise RecipeError(
+            f"give one PLACE to list, or --map SOURCE TARGET; a place is {category_lists.KINDS}"
+        )
+    if arguments.map is None:
+        found = category_lists.read_vocabulary(arguments.place, arguments.root)
+        if arguments.synsets:
+            found = category_lists.with_synsets(found, arguments.synsets)
+        print(category_lists.list_csv(found), end="")
+        return
+    stems = [Path(place.partition(":")[2] or place).stem for place in arguments.map]
+    output = arguments.output or f"{stems[0]}_to_{stems[1]}.csv"
+    table, counts = category_lists.map_places(
+        *arguments.map, root=arguments.root, synsets=arguments.synsets, output=output
+    )
+    print(table, end="")
+    print(f"{output}: {counts}", file=sys.stderr)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """`longtail inspect SHARDS`, or of every source of a recipe."""
+    from pipeline.report.inspection import inspect_sources
+
+    places, overrides = split_overrides(arguments.shards)
+    if len(places) != 1:
+        raise RecipeError(f"inspect takes one folder of shards or one recipe, not {len(places)}")
+    for text in inspect_sources(
+        places[0],
+        overrides,
+        arguments.output,
+        samples=arguments.samples,
+        category=arguments.category,
+        rare_first=arguments.rare,
+        verify=arguments.verify,
+    ):
+        print(text, flush=True)
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """`longtail study NAME ...`."""
+    from pipeline.studies import run_study
+
+    print(run_study(arguments, *split_overrides(arguments.place)), flush=True)
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is named, and the overrides: `section.key=value`, unless a file has that very name."""
     overrides = [word for word in words if _is_override(word)]
@@ -199,9 +307,12 @@ def _is_override(word: str) -> bool:
 
 
 VERBS = {
-    verb.__name__: verb
-    for verb in (run, prepare, train, check, show, report, evaluate, export, predict)
-}
+    verb.__name__.replace("_", "-"): verb
+    for verb in (
+        run, prepare, train, check, show, report, evaluate, export, import_checkpoint, predict,
+        vocabulary, inspect, study,
+    )
+}  # fmt: skip
 
 
 def show_log() -> None:
@@ -229,6 +340,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"longtail {arguments.verb}: interrupted; run it again to go on", file=sys.stderr)
         code = 75
+    except BrokenPipeError:
+        # Mostly who reads the output: `head` has enough after some lines.
+        print(f"longtail {arguments.verb}: a pipe was closed at its other end", file=sys.stderr)
+        code = 141
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
             print(f"longtail {arguments.verb}: storage failed: {error}", file=sys.stderr)
@@ -237,7 +352,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
             print(f"longtail {arguments.verb}: this is a fault of longtail", file=sys.stderr)
             code = 70
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stderr.flush()
     if "torch" in sys.modules:
         # A process that has used gloo can abort while Python tears down, with its work done.

@@ -58,6 +58,7 @@ class Progress:
             return
         self._last_line, self._printed = now, done
         rate = (done - self._first) / max(now - self._started, 1e-9)
+        speed = f", {rate:,.1f} {self.unit}/s" if rate > 0 else ""
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         extra = f", {note}" if note else ""
-        print(f"{self.title}: {done:,} of {total:,} {self.unit}{left}{extra}", flush=True)
+        print(f"{self.title}: {done:,} of {total:,} {self.unit}{speed}{extra}{left}", flush=True)

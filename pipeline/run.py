@@ -2,26 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
 
-from pipeline.check import check_stages, needs_teacher, sources_of
+from pipeline.check import check_stages, needs_teacher
 from pipeline.cluster import (
     LiveEvaluation,
     run_alone,
     run_on_workers,
     run_reporting,
-    run_tasks,
     start_ray,
     stop_ray,
     train_on_cluster,
 )
-from pipeline.data.miniature import draw_world
-from pipeline.data.shards import Index, RunTasks, load_index, prepare_source, shards_url
-from pipeline.errors import StopRequested
+from pipeline.data.shards.preparing import load_index, shards_url
 from pipeline.evaluation.checkpoints import (
     checkpoint_to_evaluate,
     detect_part,
@@ -31,20 +28,25 @@ from pipeline.evaluation.checkpoints import (
 )
 from pipeline.evaluation.detections import Detections, concatenate
 from pipeline.evaluation.tables import format_table
+from pipeline.preparation import go_on, is_prepared, prepare_sources
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Source
 from pipeline.report.page import write_report
+from pipeline.semantics.clip import model_config
 from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir, trained_weights
+from pipeline.semantics.text import cached_text, templates, text_embeddings
+from pipeline.semantics.towers.choice import describe_regions
 from pipeline.signals import stop_signals
-from pipeline.training.build import cache_dir
+from pipeline.store_labels import store_soft_labels
+from pipeline.training.build import cache_dir, teacher_weights
 from pipeline.training.device import worker_device
 from pipeline.training.manifest import newest_verified, read_manifest, waiting_for_evaluation
 
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 Report = Callable[[int, int, str], None]
 """Told how much is done, of how much, and the newest figures."""
+_FEW_PROMPTS = 5000
+"""So many each training worker makes for itself, sooner than a process begins to."""
 
 
 def run_stages(recipes: Sequence[Recipe]) -> None:
@@ -52,9 +54,23 @@ def run_stages(recipes: Sequence[Recipe]) -> None:
     _in_order(recipes, _run_stage)
 
 
-def prepare_stages(recipes: Sequence[Recipe]) -> None:
-    """`longtail prepare`: shards, indexes and teacher of each recipe."""
-    _in_order(recipes, _prepare)
+def prepare_stages(recipes: Sequence[Recipe], *, soft_labels: bool = False) -> None:
+    """`longtail prepare`: shards, indexes and teacher of each recipe, and stored `soft_labels`."""
+    _in_order(recipes, partial(_prepare, soft_labels=soft_labels))
+
+
+def prepare_teacher(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """What studies of a recipe's teacher read: shards of `sources` that are not there yet, and the
+    teacher where the recipe trains one. Nothing else of the stage is checked or prepared."""
+    with stop_signals() as stop:
+        try:
+            training = recipe.teacher.train
+            needed = [*sources, training.captions] if training is not None else [*sources]
+            prepare_sources(recipe, stop, [one for one in needed if not is_prepared(recipe, one)])
+            if training is not None:
+                _prepare_teacher(recipe, stop)
+        finally:
+            stop_ray()
 
 
 def train_stages(recipes: Sequence[Recipe]) -> None:
@@ -62,11 +78,14 @@ def train_stages(recipes: Sequence[Recipe]) -> None:
     _in_order(recipes, _train)
 
 
-def evaluate_stages(recipes: Sequence[Recipe], *, official: bool) -> None:
-    """`longtail evaluate`: the newest checkpoint of each recipe, in mid-training too."""
+def evaluate_stages(
+    recipes: Sequence[Recipe], *, official: bool, checkpoint: Path | None = None
+) -> None:
+    """`longtail evaluate`: the newest checkpoint of each recipe, in mid-training too, or one
+    `checkpoint` with all of them."""
 
     def evaluate(recipe: Recipe, stop: Event) -> None:
-        print(_evaluate(recipe, stop, official=official))
+        print(_evaluate(recipe, stop, official=official, checkpoint=checkpoint))
         print(f"report: {write_report(recipe.run_dir)}", flush=True)
 
     _in_order(recipes, evaluate)
@@ -81,15 +100,10 @@ def _in_order(recipes: Sequence[Recipe], work: Callable[[Recipe, Event], None]) 
             for before, recipe in zip([None, *recipes], recipes, strict=False):
                 if before is not None and before.cluster != recipe.cluster:
                     stop_ray()
-                _go_on(stop)
+                go_on(stop)
                 work(recipe, stop)
         finally:
             stop_ray()
-
-
-def _go_on(stop: Event) -> None:
-    if stop.is_set():
-        raise StopRequested("stopped on request; run the same command to go on")
 
 
 def _run_stage(recipe: Recipe, stop: Event) -> None:
@@ -108,52 +122,20 @@ def _run_stage(recipe: Recipe, stop: Event) -> None:
     print(f"report: {report} ({time.monotonic() - started:.0f} s in all)", flush=True)
 
 
-def _prepare(recipe: Recipe, stop: Event) -> None:
-    data = recipe.data
-    if data.miniature is not None:
-        draw = _tasks(recipe, stop, f"drawing the {data.miniature} world")
-        draw_world(data.root, data.miniature, data.miniature_seed, draw)
-    for source in sources_of(recipe):
-        _go_on(stop)
-        with Progress(f"shards of {source.name}", "images") as progress:
-            index = prepare_source(source, data, _tasks(recipe, stop), progress.update)
-        print(f"shards of {source.name}: {_describe(index)}", flush=True)
+def _prepare(recipe: Recipe, stop: Event, *, soft_labels: bool = False) -> None:
+    prepare_sources(recipe, stop)
     if needs_teacher(recipe) and recipe.teacher.train is not None:
-        _go_on(stop)
+        go_on(stop)
         _prepare_teacher(recipe, stop)
-
-
-def _tasks(recipe: Recipe, stop: Event, title: str | None = None) -> RunTasks:
-    """Ray tasks; Ray is not started before there is something to do."""
-
-    def run(
-        function: Callable[[Argument], Result], arguments: Sequence[Argument], /
-    ) -> Iterator[tuple[int, Result]]:
-        if not arguments:
-            return
-        start_ray(recipe.cluster)
-        results = run_tasks(function, arguments, stop)
-        if title is None:
-            yield from results
-            return
-        with Progress(title, "parts") as progress:
-            for done, result in enumerate(results, start=1):
-                progress.update(done, len(arguments))
-                yield result
-
-    return run
-
-
-def _describe(index: Index) -> str:
-    """What a source holds and what was left out of it, in one line."""
-    report = index.report
-    dropped, unreadable = report["dropped"], report["unreadable"]
-    assert isinstance(dropped, dict) and isinstance(unreadable, list)
-    left_out = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
-    if unreadable:
-        left_out.append(f"{len(unreadable):,} unreadable images skipped ({unreadable[0][1]})")
-    text = f"{index.num_samples:,} images, {len(index.category_ids):,} boxes"
-    return f"{text}; {'; '.join(left_out)}" if left_out else text
+    if needs_teacher(recipe) and recipe.teacher.text_embeddings is None:
+        go_on(stop)
+        _prepare_text(recipe, stop)
+    if recipe.uses_soft_labels:
+        regions = describe_regions(recipe.teacher, model_config(recipe.teacher.model))
+        print(f"teacher: {recipe.teacher.model}, {regions}", flush=True)
+    if soft_labels or (recipe.uses_soft_labels and recipe.teacher.stored):
+        go_on(stop)
+        store_soft_labels(recipe, stop)
 
 
 def _prepare_teacher(recipe: Recipe, stop: Event) -> None:
@@ -178,8 +160,36 @@ def _train_teacher(recipe: Recipe, report: Report) -> None:
     )
 
 
+def _prepare_text(recipe: Recipe, stop: Event) -> None:
+    """The text embeddings, once for all training workers where they take long.
+
+    LVIS with the ensemble of prompts is 97,000 texts, most of an hour of one CPU with RN50.
+    """
+    names, weights = _names(recipe), teacher_weights(recipe)
+    few = len(names) * len(templates(recipe.teacher.prompts)) <= _FEW_PROMPTS
+    if few or cached_text(recipe.teacher, names, weights, cache_dir(recipe)).is_file():
+        return
+    with Progress("text embeddings", "prompts") as progress:
+        run_alone(_embed_names, recipe, recipe.cluster, progress.update, stop)
+
+
+def _embed_names(recipe: Recipe, report: Report) -> None:
+    text_embeddings(
+        recipe.teacher,
+        _names(recipe),
+        teacher_weights(recipe),
+        cache_dir(recipe),
+        device=worker_device(recipe),
+        progress=lambda done, total: report(done, total, ""),
+    )
+
+
+def _names(recipe: Recipe) -> list[str]:
+    return load_index(shards_url(recipe.data, recipe.data.vocabulary_source)).vocabulary.names
+
+
 def _train(recipe: Recipe, stop: Event) -> None:
-    _go_on(stop)
+    go_on(stop)
     newest = newest_verified(recipe.run_dir)
     if newest is not None and read_manifest(newest).step >= recipe.training.steps:
         print(f"training: done already, {recipe.training.steps} steps", flush=True)
@@ -196,9 +206,11 @@ def _evaluate_waiting(recipe: Recipe) -> str | None:
     return evaluate_waiting(recipe, "cuda" if recipe.evaluation.gpus else "cpu")
 
 
-def _evaluate(recipe: Recipe, stop: Event, *, official: bool) -> str:
+def _evaluate(
+    recipe: Recipe, stop: Event, *, official: bool, checkpoint: Path | None = None
+) -> str:
     """Detect on all training workers, each with its part of the images, then score in one task."""
-    directory = checkpoint_to_evaluate(recipe, official=official)
+    directory = checkpoint_to_evaluate(recipe, official=official, checkpoint=checkpoint)
     number = recipe.cluster.workers
     parts = [(recipe, directory, part, number) for part in range(number)]
     started = time.monotonic()

@@ -2,14 +2,19 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SAME_REQUEST_S = 3.0
+"""Schedulers signal every process of a job, and the job's script then passes it on."""
+
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the next one acts as if not caught.
+    """An event that the first SIGTERM or SIGINT sets; one that comes more than `SAME_REQUEST_S`
+    later acts as if not caught.
 
     In a thread other than the main one nothing can be caught, and the event stays clear.
     """
@@ -23,9 +28,15 @@ def stop_signals() -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-        restore()
+    asked: list[float] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if not asked:
+            asked.append(time.monotonic())
+            stop.set()
+        elif time.monotonic() - asked[0] > SAME_REQUEST_S:
+            restore()
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, ask)

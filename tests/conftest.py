@@ -1,6 +1,8 @@
 """Fixtures shared by the whole suite."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,11 @@ def shared_data() -> Path:
     if not (path / "PROVENANCE.md").is_file():
         pytest.skip(f"no real sample data at {path}; set LONGTAIL_SHARED_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for what a module's tests share; removed after them, since runs fill disks."""
+    path = tmp_path_factory.mktemp("module")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)

@@ -21,9 +21,15 @@ TIERS = [
         "pipeline.detectors.boxes",
     ],
     ["pipeline.data", "pipeline.detectors", "pipeline.semantics"],
-    ["pipeline.training", "pipeline.evaluation", "pipeline.report"],
+    ["pipeline.training", "pipeline.evaluation", "pipeline.report", "pipeline.study"],
     ["pipeline.cluster"],
-    ["pipeline.check", "pipeline.run"],
+    [
+        "pipeline.check",
+        "pipeline.preparation",
+        "pipeline.run",
+        "pipeline.store_labels",
+        "pipeline.studies",
+    ],
     ["pipeline.arguments", "pipeline.cli", "pipeline.__main__"],
 ]
 
@@ -32,6 +38,7 @@ FENCES = {
     "ray": ["pipeline.cluster"],
     "webdataset": ["pipeline.data", "pipeline.training.checkpoint"],
     "fsspec": ["pipeline.data", "pipeline.training.checkpoint"],
+    "urllib3": ["pipeline.data.stream.web_ranges"],
     "open_clip": ["pipeline.semantics"],
     "timm": ["pipeline.detectors.backbone"],
     "lvis": ["pipeline.evaluation", "pipeline.data"],
@@ -45,12 +52,13 @@ TORCH_FREE = [
     "pipeline.cli",
     "pipeline.recipe",
     "pipeline.data.sample",
-    "pipeline.data.vocabulary",
+    "pipeline.data.vocabulary.categories",
     "pipeline.data.images",
     "pipeline.data.sources",
-    "pipeline.data.shards",
-    "pipeline.data.plan",
-    "pipeline.data.miniature",
+    "pipeline.data.shards.preparing",
+    "pipeline.data.plan.steps",
+    "pipeline.data.plan.geometry",
+    "pipeline.data.miniature.world",
     "pipeline.training.locate",
 ]
 

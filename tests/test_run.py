@@ -29,14 +29,13 @@ def longtail(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(module_path: Path) -> Path:
     """A working directory in which both tiny stages have run."""
-    folder = tmp_path_factory.mktemp("run")
-    result = longtail("run", *STAGES, cwd=folder)
+    result = longtail("run", *STAGES, cwd=module_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    (folder / "stdout.txt").write_text(result.stdout)
-    (folder / "stderr.txt").write_text(result.stderr)
-    return folder
+    (module_path / "stdout.txt").write_text(result.stdout)
+    (module_path / "stderr.txt").write_text(result.stderr)
+    return module_path
 
 
 pytestmark = pytest.mark.slow

@@ -13,12 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.data.miniature import draw_world
-from pipeline.data.shards import load_index, prepare_source, shards_url
+from pipeline.data.miniature.world import draw_world
+from pipeline.data.shards.preparing import load_index, prepare_source, shards_url
 from pipeline.recipe import Recipe
 from pipeline.semantics.contrastive import train_teacher
 from pipeline.semantics.teacher import teacher_dir
 from pipeline.training.build import cache_dir
+from pipeline.training.loop import join_process_group
 from pipeline.training.manifest import checkpoint_dir
 from pipeline.training.window import WAITS
 
@@ -101,12 +102,19 @@ def prepare(folder: Path) -> None:
     assert recipe.teacher.train is not None
     captions = recipe.teacher.train.captions
     for source in (*recipe.data.sources, captions):
-        prepare_source(source, recipe.data, _in_line)
+        prepare_source(source, recipe.data, in_line)
     directory = teacher_dir(recipe.teacher, recipe.data, cache_dir(recipe))
     train_teacher(recipe.teacher, load_index(shards_url(recipe.data, captions)), directory)
 
 
-def _in_line(function, arguments: Sequence) -> Iterator[tuple[int, object]]:  # type: ignore[no-untyped-def, type-arg]
+def prepare_here(folder: Path) -> None:
+    """The same, for runs in this process: on one thread, in a process group of its own."""
+    torch.set_num_threads(1)
+    join_process_group(torch.device("cpu"))
+    prepare(folder)
+
+
+def in_line(function, arguments: Sequence) -> Iterator[tuple[int, object]]:  # type: ignore[no-untyped-def, type-arg]
     for position, argument in enumerate(arguments):
         yield position, function(argument)
 
@@ -116,6 +124,21 @@ def write_recipe(folder: Path, recipe: Recipe) -> Path:
     path = folder / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
     return path
+
+
+def run_command(
+    *words: str, cwd: Path = ROOT, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A Python command to its end, with what it said."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
 
 
 def start_command(*words: str, log: Path) -> subprocess.Popen[bytes]:
@@ -152,8 +175,9 @@ def wait_for_step(
 
 
 def assert_same_end(first: Recipe, second: Recipe) -> None:
-    """Bitwise equal weights, moments and averages, and equal losses of every step."""
-    for name in ("weights", "optimizer", "averaged"):
+    """Bitwise equal weights, moments and (where kept) averages, and equal losses of every step."""
+    names = ["weights", "optimizer", *(["averaged"] if first.training.ema_decay else [])]
+    for name in names:
         ours, theirs = (
             load_file(checkpoint_dir(r.run_dir, r.training.steps) / f"{name}.safetensors")
             for r in (first, second)
