@@ -37,3 +37,14 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     """Logit of values in [0, 1], kept `eps` away from both ends (DINO's eps)."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def within_logit_bounds(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """`inverse_sigmoid(x).sigmoid()`, by arithmetic that rounds alike wherever a value stands.
+
+    Logarithm and exponential may differ in the last bit between a vector's lanes and its remainder,
+    so that a box would depend on what else is in the batch.
+    """
+    x = x.clamp(min=0, max=1)
+    above, below = x.clamp(min=eps), (1 - x).clamp(min=eps)
+    return above / (above + below)

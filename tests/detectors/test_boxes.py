@@ -5,6 +5,7 @@ from pipeline.detectors.boxes import (
     cxcywh_to_xyxy,
     generalized_iou,
     inverse_sigmoid,
+    within_logit_bounds,
     xyxy_to_cxcywh,
 )
 
@@ -56,3 +57,10 @@ def test_inverse_sigmoid_inverts_and_is_bounded() -> None:
     torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x, rtol=1e-4, atol=1e-4)
     ends = inverse_sigmoid(torch.tensor([-0.5, 0.0, 1.0, 1.5]))
     assert ends.isfinite().all() and ends.abs().max() < 7
+
+
+def test_logit_bounds_are_those_of_the_logit_and_round_alike_everywhere() -> None:
+    x = torch.linspace(-0.2, 1.2, 1001)
+    bounded = within_logit_bounds(x)
+    torch.testing.assert_close(bounded, inverse_sigmoid(x).sigmoid(), rtol=0, atol=1e-6)
+    assert all(torch.equal(within_logit_bounds(x[i:]), bounded[i:]) for i in range(1, 40))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline import recipe
 from pipeline.data.batch import Targets
-from pipeline.detectors.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from pipeline.detectors.boxes import cxcywh_to_xyxy, within_logit_bounds, xyxy_to_cxcywh
 
 
 class DenoisingLayout(NamedTuple):
@@ -87,7 +87,7 @@ def make_denoising(
         noise.weight,
         torch.where(noise.flip | (true_labels < 0), noise.label, true_labels),
         # Corners may have changed places: the logit's bounds keep every side above zero.
-        inverse_sigmoid(xyxy_to_cxcywh(corners.clamp(0, 1))).sigmoid(),
+        within_logit_bounds(xyxy_to_cxcywh(corners.clamp(0, 1))),
         image.to(device, non_blocking=True),
         query.to(device, non_blocking=True),
         drawn.box[image, query].to(device, non_blocking=True),
