@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # `make test SLOW=1` runs the tests marked slow as well, as CI does.
 MARKERS := $(if $(SLOW),,-m "not slow")
+# Processes that share the tests, file by file; 0 runs them in one.
+JOBS ?= 2
 
 .PHONY: quickstart test lint environment clean
 
@@ -13,7 +15,7 @@ quickstart: $(STAMP)
 	$(BIN)/longtail run recipes/quickstart_pretrain.yaml recipes/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest $(MARKERS)
+	$(BIN)/python -m pytest $(MARKERS) -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
