@@ -226,10 +226,11 @@ def test_a_head_that_does_not_come_up_ends_the_job(slurm: Path) -> None:
 def head() -> Iterator[dict[str, str]]:
     """A Ray head on loopback; what a client needs in its environment."""
     folder = tempfile.mkdtemp(prefix="lt_head_")  # Paths of sockets hold 107 characters.
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    # The agent's port, too: with Ray's own another cluster on this machine leaves none to run jobs.
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        for free in (one, two, three):
+            free.bind(("127.0.0.1", 0))
+        port, dashboard, agent = (free.getsockname()[1] for free in (one, two, three))
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -241,6 +242,7 @@ def head() -> Iterator[dict[str, str]]:
     words = (
         "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
         "--num-cpus=1", "--object-store-memory=100000000", f"--temp-dir={folder}",
     )  # fmt: skip
     process = subprocess.Popen(words, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
@@ -266,7 +268,13 @@ def test_a_submitted_job_works_on_the_cluster_it_was_submitted_to(
     recipe = tmp_path / "tiny_pretrain.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     submit = ROOT / "launch" / "submit.sh"
-    done = run(submit, recipe, **head, STORAGE=str(storage), VERB="prepare")
+    deadline = time.monotonic() + 120
+    while True:
+        done = run(submit, recipe, **head, STORAGE=str(storage), VERB="prepare")
+        # The head's job server listens before the agent is there that starts jobs.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shards of objects365: 20 images" in done.stdout
     assert (storage / "miniature" / "shards" / "objects365").is_dir()
