@@ -12,24 +12,25 @@ from contextlib import closing
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from pipeline import errors
 from pipeline.cluster.connection import start_ray
+from pipeline.cluster.group import TrainingOffice, beating, wait_for_end
 from pipeline.cluster.live import LiveEvaluation
 from pipeline.cluster.office import (
     POLL_S,
-    Office,
     OfficeHandler,
     OnProgress,
+    open_office,
     show,
     wish_to_stop,
 )
 from pipeline.cluster.teacher_actor import recipe_actors
-from pipeline.errors import LongtailError, StopRequested
+from pipeline.cluster.watch import Watch, process_group_timeout_s
+from pipeline.errors import ClusterError, LongtailError, StopRequested
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
-
-PROCESS_GROUP_TIMEOUT_S = 600
 
 
 def train_on_cluster(
@@ -44,14 +45,15 @@ def train_on_cluster(
     `evaluate` is run as a Ray task, beside the training, for each checkpoint that waits for its
     evaluation; the text that it returns is logged. `stop`, or SIGTERM and SIGINT where it is not
     given, makes all workers save a checkpoint; then `StopRequested` is raised. What a worker raises
-    as a `LongtailError` is raised here as the same class. Raises `RecipeError` before anything is
+    as a `LongtailError` is raised here as the same class. `ClusterError` says that workers were
+    lost too often, or places for them waited for in vain. Raises `RecipeError` before anything is
     started where the run belongs to another recipe.
     """
     newest = newest_verified(recipe.run_dir)
     if newest is not None:
         refuse_another_recipe(newest, recipe)
     start_ray(recipe.cluster)
-    office = ray.remote(num_cpus=0)(Office).remote()
+    office = open_office(TrainingOffice)
     teachers = recipe_actors(recipe)
     storage = tempfile.mkdtemp(prefix="longtail_ray_train_")
     failure: list[BaseException] = []
@@ -66,7 +68,7 @@ def train_on_cluster(
     try:
         with wish_to_stop(stop) as wish, closing(LiveEvaluation(recipe, evaluate)) as live:
             thread.start()
-            asked = False
+            asked, watch = False, Watch(office, recipe.cluster.hang_timeout)
             while thread.is_alive():
                 thread.join(POLL_S)
                 if wish.is_set() and not asked:
@@ -74,6 +76,7 @@ def train_on_cluster(
                     office.stop.remote()
                 show(office, on_progress)
                 live.poll()
+                watch.look()
             if not failure:
                 live.drain(wish)
         show(office, on_progress)
@@ -83,6 +86,12 @@ def train_on_cluster(
             raise getattr(errors, name)(message)
         if failure:
             raise failure[0]
+    except RayError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ClusterError(
+            f"Ray failed under the run: {reason}. The same command goes on from the newest "
+            "checkpoint"
+        ) from error
     finally:
         for actor in (office, *teachers):
             ray.kill(actor)
@@ -91,14 +100,17 @@ def train_on_cluster(
 
 def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import LoggingConfig
+
+    from pipeline.cluster.controller import Supervisor
+    from pipeline.cluster.elastic import GROW_S, Trainer
 
     section = recipe.cluster
     resources = {"CPU": section.cpus_per_worker}
     if section.gpus_per_worker:
         resources["GPU"] = section.gpus_per_worker
-    return TorchTrainer(
+    return Trainer(
         _work,
         train_loop_config={
             "recipe": recipe.model_dump_json(),
@@ -107,20 +119,25 @@ def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str
             "directory": os.getcwd(),
         },
         scaling_config=ScalingConfig(
-            num_workers=section.workers,
+            num_workers=(
+                (section.min_workers, section.max_workers)
+                if section.is_elastic
+                else section.max_workers
+            ),
+            elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=section.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(
             backend="nccl" if section.gpus_per_worker else "gloo",
-            timeout_s=PROCESS_GROUP_TIMEOUT_S,
+            timeout_s=process_group_timeout_s(section),
         ),
         run_config=RunConfig(
             name=f"{recipe.name}-{secrets.token_hex(4)}",
             storage_path=storage,
-            failure_config=FailureConfig(
-                max_failures=section.max_failures, controller_failure_limit=1
-            ),
+            # Starts that found no places are not counted: the supervisor's patience ends them.
+            failure_config=FailureConfig(max_failures=section.max_failures),
+            callbacks=[Supervisor(office, recipe, recipe.run_dir.absolute())],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -138,7 +155,8 @@ def _work(config: dict[str, Any]) -> None:
         return  # A restart after an error that would only come again.
     os.chdir(config["directory"])
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    first = ray.train.get_context().get_world_rank() == 0
+    rank, group = ray.train.get_context().get_world_rank(), ray.get(office.group.remote())
+    first = rank == 0
     if first:
         logging.getLogger("pipeline").addHandler(OfficeHandler(office))
         logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -158,11 +176,15 @@ def _work(config: dict[str, Any]) -> None:
     if config["teachers"]:
         from pipeline.cluster.teacher_pool import TeacherPool
 
-        rank = ray.train.get_context().get_world_rank()
         pool = TeacherPool(config["teachers"], recipe.teacher.batches_ahead, rank)
     try:
-        train(recipe, worker_device(recipe), check_in, soft_labels=pool)
+        with beating(office, group, rank, recipe.cluster.hang_timeout):
+            train(recipe, worker_device(recipe), check_in, soft_labels=pool)
+        ray.get(office.leave.remote(group, rank))
+    except StopRequested as request:
+        if ray.get(office.leave.remote(group, rank)):
+            wait_for_end(office)
+        ray.get(office.fail.remote(type(request).__name__, str(request)))
     except LongtailError as error:
         ray.get(office.fail.remote(type(error).__name__, str(error)))
-        if not isinstance(error, StopRequested):
-            raise
+        raise

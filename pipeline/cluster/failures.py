@@ -1,0 +1,93 @@
+"""What the errors mean with which workers of Ray Train end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+PEER_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Timed out waiting",
+    "remote process exited or there was a network error",
+    "NCCL communicator was aborted",
+)
+"""In what a rank raises because another one is gone."""
+PEER_ERRORS = ("DistBackendError", "DistNetworkError")
+MEMORY_SIGNS = ("NODE_OUT_OF_MEMORY", "running low on memory", "memory pressure")
+
+
+def lost_ranks(failures: Mapping[int, Exception]) -> list[int]:
+    """Ranks whose process or node is gone, or that lack another rank's."""
+    return [rank for rank, error in failures.items() if is_gone(error) or _lacks_peer(error)]
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether the worker's process is no more, or does not answer Ray."""
+    cause = _cause(error)
+    return isinstance(cause, RayError | WorkerHealthCheckTimeoutError)
+
+
+def is_preemption(error: BaseException) -> bool:
+    """Whether Ray counts a failure as the taking away of a node that was announced."""
+    if isinstance(error, WorkerGroupError):
+        causes = [_cause(one) for one in error.worker_failures.values()]
+        return any(isinstance(one, RayActorError) and one.preempted for one in causes)
+    return isinstance(error, PreemptionError)
+
+
+def out_of_memory(failures: Mapping[int, Exception]) -> int | None:
+    """The rank that Ray has ended because its node's memory was used up, if one was."""
+    for rank, error in failures.items():
+        cause = _cause(error)
+        told = isinstance(cause, RayError) and any(sign in str(cause) for sign in MEMORY_SIGNS)
+        if told or isinstance(cause, OutOfMemoryError):
+            return rank
+    return None
+
+
+def describe_failures(failures: Mapping[int, Exception], workers: Mapping[int, Any]) -> str:
+    """Which ranks ended, where and why, in one line; what only followed from others is left out.
+
+    `workers` has Ray's metadata of each rank.
+    """
+    first = {rank: error for rank, error in failures.items() if is_gone(error)}
+    first = first or {rank: e for rank, e in failures.items() if not _lacks_peer(e)}
+    first = first or {**failures}
+    parts = []
+    for rank, error in sorted(first.items())[:4]:
+        worker = workers.get(rank)
+        place = f" (pid {worker.pid}, node {worker.node_ip})" if worker else ""
+        parts.append(f"rank {rank}{place} {_in_words(error)}")
+    more = f", and {len(first) - 4} more" if len(first) > 4 else ""
+    return "; ".join(parts) + more
+
+
+def _in_words(error: Exception) -> str:
+    cause = _cause(error)
+    text = " ".join(str(cause).split())
+    if isinstance(cause, WorkerHealthCheckTimeoutError):
+        return "does not answer Ray"
+    if "node has died" in text or "node died" in text.lower():
+        return "was lost with its node"
+    if isinstance(cause, RayActorError):
+        return "was lost: its process ended"
+    return f"raised {type(cause).__name__}: {text[:200]}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return error.health_check_failure
+    return error
+
+
+def _lacks_peer(error: BaseException) -> bool:
+    named = type(error).__name__ in PEER_ERRORS
+    return named or any(sign in str(error) for sign in PEER_SIGNS)
