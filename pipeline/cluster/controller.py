@@ -64,7 +64,8 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         self._announced.clear()
         if waited or self._recipe.cluster.is_elastic:
             number = len(self._workers)
-            self._say(logging.INFO, f"{number} worker{'s' * (number > 1)} begin{waited}")
+            begin = "1 worker begins" if number == 1 else f"{number} workers begin"
+            self._say(logging.INFO, f"{begin}{waited}")
 
     def after_worker_group_poll_status(self, status: Any) -> None:
         now = time.monotonic()
