@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline.cluster.elastic import draining_nodes, nodes_that_stay
+from pipeline.cluster.elastic import answering_nodes, draining_nodes, nodes_that_stay
 from pipeline.cluster.failures import describe_failures, is_preemption, lost_ranks, out_of_memory
 from pipeline.errors import ClusterError, MemoryExceeded
 from pipeline.recipe import Recipe
@@ -104,7 +104,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
             return
         self._failures += 1
-        what = describe_failures(error.worker_failures, self._workers)
+        what = self._describe(error)
         number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
         self._say(logging.WARNING, f"{what}; {number}, {self._from_checkpoint()}")
 
@@ -112,7 +112,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
             return
         if lost_ranks(error.worker_failures):
-            what = describe_failures(error.worker_failures, self._workers)
+            what = self._describe(error)
             self._fail(
                 ClusterError(
                     f"{what}; workers were lost {self._failures + 1} times, and cluster."
@@ -212,6 +212,9 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
             time.sleep(0.2)
 
     # Words.
+
+    def _describe(self, error: Any) -> str:
+        return describe_failures(error.worker_failures, self._workers, answering_nodes())
 
     def _from_checkpoint(self) -> str:
         for directory in reversed(list_checkpoints(self._run_dir)):

@@ -86,11 +86,15 @@ def draining_nodes() -> dict[str, int]:
     return found
 
 
+def answering_nodes() -> list[str]:
+    """Ids of nodes that accept connections: some of Ray's living ones may be lost."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)]
+
+
 def nodes_that_stay() -> list[str]:
-    """Ids of nodes that accept connections and are not about to be taken away."""
+    """Those of them that are not about to be taken away."""
     draining = draining_nodes()
-    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    return [node["NodeID"] for node in alive if _answers(node)]
+    return [node for node in answering_nodes() if node not in draining]
 
 
 def _answers(node: dict[str, Any]) -> bool:

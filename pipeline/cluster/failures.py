@@ -1,6 +1,6 @@
 """What the errors mean with which workers of Ray Train end."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
@@ -53,10 +53,12 @@ def out_of_memory(failures: Mapping[int, Exception]) -> int | None:
     return None
 
 
-def describe_failures(failures: Mapping[int, Exception], workers: Mapping[int, Any]) -> str:
+def describe_failures(
+    failures: Mapping[int, Exception], workers: Mapping[int, Any], nodes: Collection[str]
+) -> str:
     """Which ranks ended, where and why, in one line; what only followed from others is left out.
 
-    `workers` has Ray's metadata of each rank.
+    `workers` has Ray's metadata of each rank, `nodes` are the ids of those that answer.
     """
     first = {rank: error for rank, error in failures.items() if is_gone(error)}
     first = first or {rank: e for rank, e in failures.items() if not _lacks_peer(e)}
@@ -65,7 +67,9 @@ def describe_failures(failures: Mapping[int, Exception], workers: Mapping[int, A
     for rank, error in sorted(first.items())[:4]:
         worker = workers.get(rank)
         place = f" (pid {worker.pid}, node {worker.node_ip})" if worker else ""
-        parts.append(f"rank {rank}{place} {_in_words(error)}")
+        with_node = is_gone(error) and worker is not None and worker.node_id not in nodes
+        what = "was lost with its node" if with_node else _in_words(error)
+        parts.append(f"rank {rank}{place} {what}")
     more = f", and {len(first) - 4} more" if len(first) > 4 else ""
     return "; ".join(parts) + more
 
@@ -75,8 +79,6 @@ def _in_words(error: Exception) -> str:
     text = " ".join(str(cause).split())
     if isinstance(cause, WorkerHealthCheckTimeoutError):
         return "does not answer Ray"
-    if "node has died" in text or "node died" in text.lower():
-        return "was lost with its node"
     if isinstance(cause, RayActorError):
         return "was lost: its process ended"
     return f"raised {type(cause).__name__}: {text[:200]}"

@@ -113,18 +113,22 @@ def test_workers_that_are_called_back_wait_unless_the_run_is_to_stop() -> None:
 
 
 def worker(pid: int) -> Any:
-    return SimpleNamespace(pid=pid, node_ip="10.0.0.9")
+    return SimpleNamespace(pid=pid, node_ip="10.0.0.9", node_id=f"node {pid}")
 
 
 def test_a_lost_rank_is_named_and_not_those_that_lack_it() -> None:
     peer = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
     failures = {0: peer, 1: GONE}
-    said = describe_failures(failures, {0: worker(5), 1: worker(6)})
+    workers = {0: worker(5), 1: worker(6)}
+    said = describe_failures(failures, workers, ["node 5", "node 6"])
     assert said == "rank 1 (pid 6, node 10.0.0.9) was lost: its process ended"
+    said = describe_failures(failures, workers, ["node 5"])
+    assert said == "rank 1 (pid 6, node 10.0.0.9) was lost with its node"
     assert lost_ranks(failures) == [0, 1] and lost_ranks({0: peer}) == [0]
     fault = TypeError("a fault of ours")
     assert lost_ranks({0: fault}) == []
-    assert describe_failures({0: peer, 1: fault}, {}) == "rank 1 raised TypeError: a fault of ours"
+    said = describe_failures({0: peer, 1: fault}, {}, [])
+    assert said == "rank 1 raised TypeError: a fault of ours"
 
 
 def test_preemption_and_memory_are_told_apart_from_other_losses() -> None:
