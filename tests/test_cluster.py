@@ -44,9 +44,9 @@ def undisturbed(folder: Path) -> Recipe:
     return recipe
 
 
-def start(folder: Path, recipe: Recipe) -> subprocess.Popen[bytes]:
-    path = write_recipe(folder, recipe)
-    return start_command("-m", "pipeline", "train", str(path), log=folder / "commands.log")
+def start(folder: Path, recipe: Recipe, *overrides: str) -> subprocess.Popen[bytes]:
+    words = ("train", str(write_recipe(folder, recipe)), *overrides)
+    return start_command("-m", "pipeline", *words, log=folder / "commands.log")
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float = START_S) -> int:
@@ -96,9 +96,15 @@ def test_sigterm_saves_and_the_same_command_goes_on_even_after_sigkill(
 def test_a_hung_rank_is_ended_and_a_driver_without_ray_ends_to_go_on(
     folder: Path, undisturbed: Recipe
 ) -> None:
-    """Both in one run, which ends as the undisturbed one."""
+    """Both in one run, which ends as the undisturbed one; before, it has lost too many workers."""
     cluster = {"hang_timeout": HANG_S, "max_failures": 9}
     recipe = tiny_recipe(folder, "hung", cluster=cluster)
+    process = start(folder, recipe, "cluster.max_failures=0")
+    wait_for_step(recipe, 2, process, START_S)
+    os.kill(descendants(process.pid, "RayTrainWorker")[0], signal.SIGKILL)
+    assert finish(process) == 75, log_of(folder)
+    assert "workers were lost 1 times, and cluster.max_failures is 0" in log_of(folder)
+
     process = start(folder, recipe)
     wait_for_step(recipe, 4, process, START_S)
     workers = descendants(process.pid, "RayTrainWorker")

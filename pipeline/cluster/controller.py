@@ -56,6 +56,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         ray.get(self._office.begin_group.remote())
 
     def after_worker_group_start(self, group: Any) -> None:
+        ray.get(self._office.start_group.remote())
         self._workers = {
             worker.distributed_context.world_rank: worker.metadata for worker in group.get_workers()
         }

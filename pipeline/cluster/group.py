@@ -53,20 +53,29 @@ class TrainingOffice(Office):
     def __init__(self) -> None:
         super().__init__()
         self._group = 0
+        self._there = False
         self._ended = False
         self._recalled = False
         self._left: set[int] = set()
         self._beats: dict[int, tuple[Beat, float]] = {}
 
     def begin_group(self) -> None:
-        """Workers are about to be started."""
+        """Places for workers are asked for."""
         self._group += 1
-        self._ended = self._recalled = False
+        self._there = self._ended = self._recalled = False
         self._left.clear()
+
+    def start_group(self) -> None:
+        """The workers are there, and will hear of a wish to stop."""
+        self._there = True
+
+    def is_there(self) -> bool:
+        """Whether there are workers, or none that could save anything."""
+        return self._there
 
     def end_group(self) -> None:
         """The workers are lost, or about to be ended: where they are no longer matters."""
-        self._ended = True
+        self._ended, self._there = True, False
         self._beats.clear()
 
     def group(self) -> int:

@@ -74,6 +74,11 @@ def train_on_cluster(
                 if wish.is_set() and not asked:
                     asked = True
                     office.stop.remote()
+                if asked and not ray.get(office.is_there.remote()):
+                    raise StopRequested(
+                        "stopped while there were no workers; the same command goes on from the "
+                        "newest checkpoint"
+                    )
                 show(office, on_progress)
                 live.poll()
                 watch.look()

@@ -143,4 +143,4 @@ def test_nodes_are_lost_and_join_and_are_taken_away(tmp_path: Path) -> None:
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["consumed"] == other["consumed"] and mine["samples"] == other["samples"]
-        assert mine["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
