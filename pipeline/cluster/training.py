@@ -31,6 +31,7 @@ from pipeline.cluster.watch import Watch, process_group_timeout_s
 from pipeline.errors import ClusterError, LongtailError, StopRequested
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
+from pipeline.training.whereabouts import here
 
 
 def train_on_cluster(
@@ -150,17 +151,32 @@ def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str
 
 def _work(config: dict[str, Any]) -> None:
     """What each training worker runs."""
+    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
+    if ray.get(office.error.remote()) is not None:
+        return  # A restart after an error that would only come again.
+    os.chdir(config["directory"])
+    rank, group = ray.train.get_context().get_world_rank(), ray.get(office.group.remote())
+    try:
+        with beating(office, group, rank, recipe.cluster.hang_timeout):
+            _train(recipe, rank, office, config["teachers"])
+        ray.get(office.leave.remote(group, rank))
+    except StopRequested as request:
+        if ray.get(office.leave.remote(group, rank)):
+            wait_for_end(office)
+        ray.get(office.fail.remote(type(request).__name__, str(request)))
+    except LongtailError as error:
+        ray.get(office.fail.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _train(recipe: Recipe, rank: int, office: Any, teachers: list[Any]) -> None:
+    here.enter("importing", 0)
     import torch
 
     from pipeline.training.device import worker_device
     from pipeline.training.loop import train
 
-    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
-    if ray.get(office.error.remote()) is not None:
-        return  # A restart after an error that would only come again.
-    os.chdir(config["directory"])
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    rank, group = ray.train.get_context().get_world_rank(), ray.get(office.group.remote())
     first = rank == 0
     if first:
         logging.getLogger("pipeline").addHandler(OfficeHandler(office))
@@ -178,18 +194,9 @@ def _work(config: dict[str, Any]) -> None:
         return any(ray.get(ready))
 
     pool = None
-    if config["teachers"]:
+    if teachers:
         from pipeline.cluster.teacher_pool import TeacherPool
 
-        pool = TeacherPool(config["teachers"], recipe.teacher.batches_ahead, rank)
-    try:
-        with beating(office, group, rank, recipe.cluster.hang_timeout):
-            train(recipe, worker_device(recipe), check_in, soft_labels=pool)
-        ray.get(office.leave.remote(group, rank))
-    except StopRequested as request:
-        if ray.get(office.leave.remote(group, rank)):
-            wait_for_end(office)
-        ray.get(office.fail.remote(type(request).__name__, str(request)))
-    except LongtailError as error:
-        ray.get(office.fail.remote(type(error).__name__, str(error)))
-        raise
+        pool = TeacherPool(teachers, recipe.teacher.batches_ahead, rank)
+    here.enter("joining the other ranks")
+    train(recipe, worker_device(recipe), check_in, soft_labels=pool)
