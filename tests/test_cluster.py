@@ -103,7 +103,7 @@ def test_a_hung_rank_is_ended_and_a_driver_without_ray_ends_to_go_on(
     wait_for_step(recipe, 2, process, START_S)
     os.kill(descendants(process.pid, "RayTrainWorker")[0], signal.SIGKILL)
     assert finish(process) == 75, log_of(folder)
-    assert "workers were lost 1 times, and cluster.max_failures is 0" in log_of(folder)
+    assert "that was loss 1 of workers, and cluster.max_failures is 0" in log_of(folder)
 
     process = start(folder, recipe)
     wait_for_step(recipe, 4, process, START_S)

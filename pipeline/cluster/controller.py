@@ -116,7 +116,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
             what = self._describe(error)
             self._fail(
                 ClusterError(
-                    f"{what}; workers were lost {self._failures + 1} times, and cluster."
+                    f"{what}; that was loss {self._failures + 1} of workers, and cluster."
                     f"max_failures is {self._recipe.cluster.max_failures}. The same command goes "
                     f"on {self._from_checkpoint()}"
                 )
