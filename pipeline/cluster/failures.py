@@ -62,15 +62,17 @@ def describe_failures(
     """
     first = {rank: error for rank, error in failures.items() if is_gone(error)}
     first = first or {rank: e for rank, e in failures.items() if not _lacks_peer(e)}
-    first = first or {**failures}
+    said = {rank: _in_words(error) for rank, error in (first or failures).items()}
+    if all(is_gone(error) or _lacks_peer(error) for error in failures.values()):
+        # The others notice it before Ray does, so the lost may not be among the failures yet.
+        lost = {rank for rank, worker in workers.items() if worker.node_id not in nodes}
+        said = (said if first else {}) | dict.fromkeys(lost, "was lost with its node") or said
     parts = []
-    for rank, error in sorted(first.items())[:4]:
+    for rank, what in sorted(said.items())[:4]:
         worker = workers.get(rank)
         place = f" (pid {worker.pid}, node {worker.node_ip})" if worker else ""
-        with_node = is_gone(error) and worker is not None and worker.node_id not in nodes
-        what = "was lost with its node" if with_node else _in_words(error)
         parts.append(f"rank {rank}{place} {what}")
-    more = f", and {len(first) - 4} more" if len(first) > 4 else ""
+    more = f", and {len(said) - 4} more" if len(said) > 4 else ""
     return "; ".join(parts) + more
 
 
@@ -81,6 +83,8 @@ def _in_words(error: Exception) -> str:
         return "does not answer Ray"
     if isinstance(cause, RayActorError):
         return "was lost: its process ended"
+    if _lacks_peer(cause):
+        return "lost its connection to another rank"
     return f"raised {type(cause).__name__}: {text[:200]}"
 
 

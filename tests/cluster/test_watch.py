@@ -125,6 +125,10 @@ def test_a_lost_rank_is_named_and_not_those_that_lack_it() -> None:
     said = describe_failures(failures, workers, ["node 5"])
     assert said == "rank 1 (pid 6, node 10.0.0.9) was lost with its node"
     assert lost_ranks(failures) == [0, 1] and lost_ranks({0: peer}) == [0]
+    said = describe_failures({0: peer}, workers, ["node 5"])
+    assert said == "rank 1 (pid 6, node 10.0.0.9) was lost with its node"
+    said = describe_failures({0: peer}, workers, ["node 5", "node 6"])
+    assert said == "rank 0 (pid 5, node 10.0.0.9) lost its connection to another rank"
     fault = TypeError("a fault of ours")
     assert lost_ranks({0: fault}) == []
     said = describe_failures({0: peer, 1: fault}, {}, [])
