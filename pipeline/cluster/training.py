@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from pipeline import errors
 from pipeline.cluster.connection import start_ray
@@ -28,9 +28,10 @@ from pipeline.cluster.office import (
 )
 from pipeline.cluster.teacher_actor import recipe_actors
 from pipeline.cluster.watch import Watch, process_group_timeout_s
-from pipeline.errors import ClusterError, LongtailError, StopRequested
+from pipeline.errors import ClusterError, LongtailError, MemoryExceeded, StopRequested
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
+from pipeline.training.out_of_memory import memory_advice
 from pipeline.training.whereabouts import here
 
 
@@ -92,6 +93,9 @@ def train_on_cluster(
             raise getattr(errors, name)(message)
         if failure:
             raise failure[0]
+    except OutOfMemoryError as error:
+        what = "Ray ended a process of the run, for the memory of its machine was used up"
+        raise MemoryExceeded(memory_advice(recipe, what)) from error
     except RayError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ClusterError(
