@@ -29,3 +29,16 @@ class StopRequested(LongtailError):  # noqa: N818 - a request, not an error
     """The run was asked to stop and has saved a checkpoint; the same command continues it."""
 
     exit_code = 75
+
+
+class ClusterError(LongtailError):
+    """The cluster failed: processes or nodes were lost, or Ray is gone; the same command goes on
+    from the newest checkpoint."""
+
+    exit_code = 75
+
+
+class MemoryExceeded(LongtailError):  # noqa: N818 - named as the torch error that it stands for
+    """A worker needed more memory than there is, and would again: the recipe asks too much."""
+
+    exit_code = 78

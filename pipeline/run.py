@@ -211,7 +211,7 @@ def _evaluate(
 ) -> str:
     """Detect on all training workers, each with its part of the images, then score in one task."""
     directory = checkpoint_to_evaluate(recipe, official=official, checkpoint=checkpoint)
-    number = recipe.cluster.workers
+    number = recipe.cluster.max_workers
     parts = [(recipe, directory, part, number) for part in range(number)]
     started = time.monotonic()
     with Progress(f"evaluating {recipe.name}", "images") as progress:

@@ -34,7 +34,7 @@ def store_soft_labels(recipe: Recipe, stop: Event) -> None:
         folder, identity = labels_folder(recipe, vocabulary, index)
         header = read_header(folder)
         if header is None:
-            missing, number = missing_shards(index, folder), recipe.cluster.workers
+            missing, number = missing_shards(index, folder), recipe.cluster.max_workers
             parts = [(recipe, name, folder, missing[part::number]) for part in range(number)]
             with Progress(f"soft labels of {name}", "images") as progress:
                 found = run_on_workers(_store_part, parts, recipe.cluster, progress.update, stop)

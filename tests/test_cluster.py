@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import descendants
 from tiny_world import (
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 START_S = 900
 """Only what hangs takes so many seconds: Ray, its workers and their imports on a busy machine."""
+HANG_S = 45
+"""Longer than a stage of a tiny run takes on a busy machine; where it is not, the run goes on."""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,9 @@ def undisturbed(folder: Path) -> Recipe:
     return recipe
 
 
-def start(folder: Path, recipe: Recipe) -> subprocess.Popen[bytes]:
-    path = write_recipe(folder, recipe)
-    return start_command("-m", "pipeline", "train", str(path), log=folder / "commands.log")
+def start(folder: Path, recipe: Recipe, *overrides: str) -> subprocess.Popen[bytes]:
+    words = ("train", str(write_recipe(folder, recipe)), *overrides)
+    return start_command("-m", "pipeline", *words, log=folder / "commands.log")
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float = START_S) -> int:
@@ -88,6 +91,48 @@ def test_sigterm_saves_and_the_same_command_goes_on_even_after_sigkill(
 
     assert finish(start(folder, recipe)) == 0, log_of(folder)
     assert_same_end(recipe, undisturbed)
+
+
+def test_a_hung_rank_is_ended_and_a_driver_without_ray_ends_to_go_on(
+    folder: Path, undisturbed: Recipe
+) -> None:
+    """Both in one run, which ends as the undisturbed one; before, it has lost too many workers."""
+    cluster = {"hang_timeout": HANG_S, "max_failures": 9}
+    recipe = tiny_recipe(folder, "hung", cluster=cluster)
+    process = start(folder, recipe, "cluster.max_failures=0", "cluster.hang_timeout=0")
+    wait_for_step(recipe, 2, process, START_S)
+    os.kill(descendants(process.pid, "RayTrainWorker")[0], signal.SIGKILL)
+    assert finish(process) == 75, log_of(folder)
+    assert "that was loss 1 of workers, and cluster.max_failures is 0" in log_of(folder)
+
+    process = start(folder, recipe)
+    wait_for_step(recipe, 4, process, START_S)
+    workers = descendants(process.pid, "RayTrainWorker")
+    os.kill(workers[1], signal.SIGSTOP)
+    wait_for_text(folder, f"(pid {workers[1]}, node 127.0.0.1) is in '", process)
+    wait_for_text(folder, f"(pid {workers[1]}, node 127.0.0.1) was lost: its proc", process)
+    wait_for_text(folder, "going on from", process)
+
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+    begun = time.monotonic()
+    for name in ("gcs_server", "raylet"):
+        [found] = [one for one in processes if one.name() == name]
+        found.kill()
+    assert finish(process, 55) == 75, log_of(folder)
+    assert time.monotonic() - begun < 50, "Ray ends its driver after 60 s, with another code"
+    assert "longtail: Ray is gone: " in log_of(folder)
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert [one for one in left if "RayTrainWorker" in " ".join(one.cmdline())] == []
+
+    assert finish(start(folder, recipe)) == 0, log_of(folder)
+    assert_same_end(recipe, undisturbed)
+
+
+def wait_for_text(folder: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while text not in log_of(folder):
+        assert process.poll() is None and time.monotonic() < deadline, log_of(folder)
+        time.sleep(0.2)
 
 
 def test_an_error_of_the_recipe_comes_without_a_traceback(

@@ -14,11 +14,14 @@ def describe(
     recipe: Recipe, indexes: Mapping[str, Index | None], vocabulary: Vocabulary | None
 ) -> list[str]:
     training, cluster = recipe.training, recipe.cluster
-    slice_size = training.batch_size // cluster.workers
+    slice_size = -(-training.batch_size // cluster.max_workers)
     micro_steps = -(-slice_size // training.micro_batch)
+    workers = str(cluster.max_workers)
+    if cluster.is_elastic:
+        workers += f" (at least {cluster.min_workers})"
     lines = [
         f"{recipe.name} (recipe {recipe.hash()}), in {recipe.run_dir}",
-        f"  batch       {training.batch_size} images = {cluster.workers} workers x {slice_size}, "
+        f"  batch       {training.batch_size} images = {workers} workers x {slice_size}, "
         f"in {micro_steps} micro-steps of at most {training.micro_batch}; "
         f"ZeRO {training.zero_stage}, {training.precision}",
     ]

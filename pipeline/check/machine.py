@@ -19,7 +19,7 @@ def _check_devices(recipe: Recipe) -> None:
     cluster, evaluation = recipe.cluster, recipe.evaluation
     if cluster.address is not None:
         return
-    trainers = cluster.workers * cluster.cpus_per_worker
+    trainers = cluster.min_workers * cluster.cpus_per_worker
     spare = max(os.cpu_count() or 1, trainers) - trainers
     if evaluation.cpus > spare:
         raise RecipeError(
@@ -30,7 +30,7 @@ def _check_devices(recipe: Recipe) -> None:
         return
     import torch
 
-    needed = cluster.gpus_per_worker * cluster.workers + evaluation.gpus
+    needed = cluster.gpus_per_worker * cluster.min_workers + evaluation.gpus
     if evaluation.gpus and needed > torch.cuda.device_count():
         raise RecipeError(
             f"recipe {recipe.name}: evaluation.gpus {evaluation.gpus:g} and the trainers' GPUs are "
@@ -43,11 +43,12 @@ def _check_devices(recipe: Recipe) -> None:
             "this machine has no GPU that torch can use; set cluster.gpus_per_worker=0 to train on "
             "the CPU, or cluster.address to a Ray cluster that has GPUs"
         )
-    needed = cluster.gpus_per_worker * cluster.workers
+    needed = cluster.gpus_per_worker * cluster.min_workers
     if needed > torch.cuda.device_count():
         raise RecipeError(
-            f"recipe {recipe.name}: {cluster.workers} workers of {cluster.gpus_per_worker:g} GPUs "
-            f"need {needed:g}, and this machine has {torch.cuda.device_count()}"
+            f"recipe {recipe.name}: {cluster.min_workers} workers of "
+            f"{cluster.gpus_per_worker:g} GPUs need {needed:g}, and this machine has "
+            f"{torch.cuda.device_count()}"
         )
 
 
@@ -57,7 +58,7 @@ def _check_pool(recipe: Recipe) -> None:
     used = recipe.uses_soft_labels and teacher.placement == "pool"
     if cluster.address is not None or not used:
         return
-    trainers = cluster.workers * cluster.cpus_per_worker
+    trainers = cluster.min_workers * cluster.cpus_per_worker
     spare = max(os.cpu_count() or 1, trainers) - trainers
     if teacher.actors * teacher.cpus_per_actor > spare:
         raise RecipeError(
@@ -69,7 +70,7 @@ def _check_pool(recipe: Recipe) -> None:
     if teacher.gpus_per_actor:
         import torch
 
-        trainers = cluster.workers * cluster.gpus_per_worker
+        trainers = cluster.min_workers * cluster.gpus_per_worker
         spare = torch.cuda.device_count() - trainers
         if teacher.actors * teacher.gpus_per_actor > spare:
             raise RecipeError(

@@ -54,7 +54,7 @@ def predict_stage(recipe: Recipe, asked: Asked) -> Prediction:
     such amounts, and for a model that cannot be built.
     """
     asked.refuse()
-    workers = asked.workers or recipe.cluster.workers
+    workers = asked.workers or recipe.cluster.max_workers
     indexes, vocabulary = _known(recipe)
     if vocabulary is not None:
         categories, counted = vocabulary.num_categories, ""

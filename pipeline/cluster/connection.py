@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.cluster.lifeline import LOOK_S, REMOTE_LOOK_S, Lifeline, head_at, head_here
 from pipeline.errors import LongtailError, RecipeError
 from pipeline.recipe import Cluster
 from pipeline.signals import signals_kept
@@ -24,9 +25,11 @@ os.environ.update(
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # A process of 115 MB that warns of lost nodes in a way that nothing here asks for.
+        # A process of 115 MB; `controller.py` looks for notices of preemption itself.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # How long workers wait for places on nodes that may be gone, before nodes are counted anew.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         **os.environ,
     }
@@ -41,6 +44,7 @@ ATTEMPTS = 3
 """How often Ray is started on this machine before a start that timed out ends the program."""
 PATIENCE_S = 60.0
 """How long the head of a cluster to join may take until it answers."""
+_lifeline: Lifeline | None = None
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -54,18 +58,33 @@ def start_ray(section: Cluster) -> None:
     """
     if ray.is_initialized():
         return
+    before = {*_children()}
     # Ray sets RAY_ADDRESS for what is submitted to it as a job.
     address = section.address or os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)
+        _watch_over_ray(None)
     else:
         _start_here(section)
+        _watch_over_ray({*_children()} - before)
 
 
 def stop_ray() -> None:
     """Leave the cluster, and end the one that `start_ray` started; does nothing without one."""
+    if _lifeline is not None:
+        _lifeline.stop()
     if ray.is_initialized():
         ray.shutdown()
+
+
+def _watch_over_ray(started: set[psutil.Process] | None) -> None:
+    """From now on; `started` are the processes of a Ray of our own, None of one that was joined."""
+    global _lifeline
+    if started is None:
+        head = ray.get_runtime_context().gcs_address
+        _lifeline = Lifeline(head_at(head), REMOTE_LOOK_S)
+    else:
+        _lifeline = Lifeline(head_here(started), LOOK_S)
 
 
 def _join(address: str) -> None:
@@ -118,7 +137,7 @@ def _start_here(section: Cluster) -> None:
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _stay_on_loopback(True)
-    workers = section.workers * section.cpus_per_worker
+    workers = section.max_workers * section.cpus_per_worker
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _initialise(

@@ -68,7 +68,7 @@ class LiveEvaluation:
             _call_quietly
         )
         cluster = self._recipe.cluster
-        spare = resources.get("CPU", 0) - cluster.workers * cluster.cpus_per_worker
+        spare = resources.get("CPU", 0) - cluster.max_workers * cluster.cpus_per_worker
         threads = max(1, int(section.cpus or min(spare, MOST_SPARE_THREADS)))
         self._subject = directory
         self._task = remote.remote(self._evaluate, self._recipe, (threads, os.getcwd()))

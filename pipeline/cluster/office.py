@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.signals import stop_signals
 
@@ -69,6 +70,12 @@ class OfficeHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._office.log.remote(record.levelno, record.getMessage())
+
+
+def open_office(kind: type[Office]) -> Any:
+    """The actor, on the driver's own node, which the loss of another node leaves alone."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
 
 
 def show(office: Any, on_progress: OnProgress | None) -> None:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pipeline.cluster.connection import start_ray
-from pipeline.cluster.office import POLL_S, Office, OnProgress, show, wish_to_stop
+from pipeline.cluster.office import POLL_S, Office, OnProgress, open_office, show, wish_to_stop
 from pipeline.errors import LongtailError, StopRequested
 from pipeline.recipe import Cluster
 
@@ -65,7 +65,7 @@ def run_alone(
     largest node, whichever are fewer; see `run_reporting`."""
     start_ray(section)
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = max(1, int(min(section.workers * section.cpus_per_worker, largest)))
+    cpus = max(1, int(min(section.max_workers * section.cpus_per_worker, largest)))
     gpus = 1 if section.gpus_per_worker else 0
     return run_reporting(function, [argument], cpus, gpus, on_progress, stop)[0]
 
@@ -98,7 +98,7 @@ def run_reporting(
     what one raises ends all. So does `stop`, or SIGTERM and SIGINT where it is not given, and
     raises `StopRequested`.
     """
-    office = ray.remote(num_cpus=0)(Office).remote()
+    office = open_office(Office)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_call_reporting)
     references = [
         remote.remote(function, argument, (office, part, cpus, os.getcwd()))

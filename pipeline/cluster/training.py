@@ -12,24 +12,27 @@ from contextlib import closing
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError, RayError
 
 from pipeline import errors
 from pipeline.cluster.connection import start_ray
+from pipeline.cluster.group import TrainingOffice, beating, wait_for_end
 from pipeline.cluster.live import LiveEvaluation
 from pipeline.cluster.office import (
     POLL_S,
-    Office,
     OfficeHandler,
     OnProgress,
+    open_office,
     show,
     wish_to_stop,
 )
 from pipeline.cluster.teacher_actor import recipe_actors
-from pipeline.errors import LongtailError, StopRequested
+from pipeline.cluster.watch import Watch, process_group_timeout_s
+from pipeline.errors import ClusterError, LongtailError, MemoryExceeded, StopRequested
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
-
-PROCESS_GROUP_TIMEOUT_S = 600
+from pipeline.training.out_of_memory import memory_advice
+from pipeline.training.whereabouts import here
 
 
 def train_on_cluster(
@@ -44,14 +47,15 @@ def train_on_cluster(
     `evaluate` is run as a Ray task, beside the training, for each checkpoint that waits for its
     evaluation; the text that it returns is logged. `stop`, or SIGTERM and SIGINT where it is not
     given, makes all workers save a checkpoint; then `StopRequested` is raised. What a worker raises
-    as a `LongtailError` is raised here as the same class. Raises `RecipeError` before anything is
+    as a `LongtailError` is raised here as the same class. `ClusterError` says that workers were
+    lost too often, or places for them waited for in vain. Raises `RecipeError` before anything is
     started where the run belongs to another recipe.
     """
     newest = newest_verified(recipe.run_dir)
     if newest is not None:
         refuse_another_recipe(newest, recipe)
     start_ray(recipe.cluster)
-    office = ray.remote(num_cpus=0)(Office).remote()
+    office = open_office(TrainingOffice)
     teachers = recipe_actors(recipe)
     storage = tempfile.mkdtemp(prefix="longtail_ray_train_")
     failure: list[BaseException] = []
@@ -66,14 +70,20 @@ def train_on_cluster(
     try:
         with wish_to_stop(stop) as wish, closing(LiveEvaluation(recipe, evaluate)) as live:
             thread.start()
-            asked = False
+            asked, watch = False, Watch(office, recipe.cluster.hang_timeout)
             while thread.is_alive():
                 thread.join(POLL_S)
                 if wish.is_set() and not asked:
                     asked = True
                     office.stop.remote()
+                if asked and not ray.get(office.is_there.remote()):
+                    raise StopRequested(
+                        "stopped while there were no workers; the same command goes on from the "
+                        "newest checkpoint"
+                    )
                 show(office, on_progress)
                 live.poll()
+                watch.look()
             if not failure:
                 live.drain(wish)
         show(office, on_progress)
@@ -83,6 +93,15 @@ def train_on_cluster(
             raise getattr(errors, name)(message)
         if failure:
             raise failure[0]
+    except OutOfMemoryError as error:
+        what = "Ray ended a process of the run, for the memory of its machine was used up"
+        raise MemoryExceeded(memory_advice(recipe, what)) from error
+    except RayError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ClusterError(
+            f"Ray failed under the run: {reason}. The same command goes on from the newest "
+            "checkpoint"
+        ) from error
     finally:
         for actor in (office, *teachers):
             ray.kill(actor)
@@ -91,14 +110,17 @@ def train_on_cluster(
 
 def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import LoggingConfig
+
+    from pipeline.cluster.controller import Supervisor
+    from pipeline.cluster.elastic import GROW_S, Trainer
 
     section = recipe.cluster
     resources = {"CPU": section.cpus_per_worker}
     if section.gpus_per_worker:
         resources["GPU"] = section.gpus_per_worker
-    return TorchTrainer(
+    return Trainer(
         _work,
         train_loop_config={
             "recipe": recipe.model_dump_json(),
@@ -107,20 +129,25 @@ def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str
             "directory": os.getcwd(),
         },
         scaling_config=ScalingConfig(
-            num_workers=section.workers,
+            num_workers=(
+                (section.min_workers, section.max_workers)
+                if section.is_elastic
+                else section.max_workers
+            ),
+            elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=section.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(
             backend="nccl" if section.gpus_per_worker else "gloo",
-            timeout_s=PROCESS_GROUP_TIMEOUT_S,
+            timeout_s=process_group_timeout_s(section),
         ),
         run_config=RunConfig(
             name=f"{recipe.name}-{secrets.token_hex(4)}",
             storage_path=storage,
-            failure_config=FailureConfig(
-                max_failures=section.max_failures, controller_failure_limit=1
-            ),
+            # Starts that found no places are not counted: the supervisor's patience ends them.
+            failure_config=FailureConfig(max_failures=section.max_failures),
+            callbacks=[Supervisor(office, recipe, recipe.run_dir.absolute())],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -128,17 +155,33 @@ def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str
 
 def _work(config: dict[str, Any]) -> None:
     """What each training worker runs."""
+    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
+    if ray.get(office.error.remote()) is not None:
+        return  # A restart after an error that would only come again.
+    os.chdir(config["directory"])
+    rank, group = ray.train.get_context().get_world_rank(), ray.get(office.group.remote())
+    try:
+        with beating(office, group, rank, recipe.cluster.hang_timeout):
+            _train(recipe, rank, office, config["teachers"])
+        ray.get(office.leave.remote(group, rank))
+    except StopRequested as request:
+        if ray.get(office.leave.remote(group, rank)):
+            wait_for_end(office)
+        ray.get(office.fail.remote(type(request).__name__, str(request)))
+    except LongtailError as error:
+        ray.get(office.fail.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _train(recipe: Recipe, rank: int, office: Any, teachers: list[Any]) -> None:
+    here.enter("importing", 0)
     import torch
 
     from pipeline.training.device import worker_device
     from pipeline.training.loop import train
 
-    office, recipe = config["office"], Recipe.model_validate_json(config["recipe"])
-    if ray.get(office.error.remote()) is not None:
-        return  # A restart after an error that would only come again.
-    os.chdir(config["directory"])
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    first = ray.train.get_context().get_world_rank() == 0
+    first = rank == 0
     if first:
         logging.getLogger("pipeline").addHandler(OfficeHandler(office))
         logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -155,14 +198,9 @@ def _work(config: dict[str, Any]) -> None:
         return any(ray.get(ready))
 
     pool = None
-    if config["teachers"]:
+    if teachers:
         from pipeline.cluster.teacher_pool import TeacherPool
 
-        rank = ray.train.get_context().get_world_rank()
-        pool = TeacherPool(config["teachers"], recipe.teacher.batches_ahead, rank)
-    try:
-        train(recipe, worker_device(recipe), check_in, soft_labels=pool)
-    except LongtailError as error:
-        ray.get(office.fail.remote(type(error).__name__, str(error)))
-        if not isinstance(error, StopRequested):
-            raise
+        pool = TeacherPool(teachers, recipe.teacher.batches_ahead, rank)
+    here.enter("joining the other ranks")
+    train(recipe, worker_device(recipe), check_in, soft_labels=pool)

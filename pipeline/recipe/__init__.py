@@ -67,10 +67,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         training, cluster = self.training, self.cluster
-        if training.batch_size % cluster.workers:
+        if isinstance(cluster.workers, int) and training.batch_size % cluster.workers:
             raise ValueError(
                 f"training.batch_size {training.batch_size} does not divide among "
                 f"cluster.workers {cluster.workers}; choose a multiple"
+            )
+        if training.batch_size < cluster.max_workers:
+            raise ValueError(
+                f"training.batch_size {training.batch_size} leaves some of cluster.workers "
+                f"{cluster.workers} without an image; lower the most workers, or raise it"
             )
         if self.data.extra and self.data.extra_mode == "mixed" and training.batch_size < 2:
             raise ValueError("data.extra_mode mixed needs training.batch_size of at least 2")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.recipe.section import Count, Fraction, NonNegative, Positive, PositiveCount, Section
 
@@ -83,10 +83,43 @@ class Logging(Section):
 class Cluster(Section):
     """Ray: how many workers, what each one holds, and how often to recover."""
 
-    workers: PositiveCount = 1
+    workers: int | list[int] = 1
+    """How many, or `[least, most]`: as many as there is place for, as nodes come and go."""
     cpus_per_worker: Positive = 1
     gpus_per_worker: NonNegative = 1
     address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine, on loopback."""
     max_failures: Count = 3
+    """How often lost workers are begun anew before the run ends; notices of preemption and nodes
+    that join are not counted."""
+    hang_timeout: NonNegative | None = 600
+    """Seconds without progress of any worker after which the one that the others wait for is ended
+    and the run goes on from its newest checkpoint; null or 0: never. Longer than the longest step
+    and than the writing of a checkpoint."""
     object_store_megabytes: PositiveCount = 200
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_or_two(cls, value: object) -> object:
+        numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+        counts = [n for n in numbers if type(n) is int and n >= 1]
+        if len(counts) < len(numbers) or counts != sorted(counts):
+            raise ValueError(
+                f"workers is {value}; give a number of at least 1, or two of them, [least, most]"
+            )
+        return value
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the nodes that are there."""
+        return not isinstance(self.workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that training goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that training takes, and what other work is divided by."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]

@@ -60,6 +60,8 @@ from pipeline.training.manifest import (
     refuse_another_recipe,
     request_evaluation,
 )
+from pipeline.training.out_of_memory import memory_explained
+from pipeline.training.whereabouts import here
 from pipeline.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,8 @@ def train(
     """
     init_process_group(device)
     with ExitStack() as stack:
+        stack.enter_context(memory_explained(recipe, dist.get_rank()))
+        here.enter("opening the run directory", 0, waits=dist.get_rank() > 0)
         resumed = on_first_rank(lambda: open_run_dir(recipe, stack))
         if resumed is not None and read_manifest(resumed).step >= recipe.training.steps:
             return
@@ -130,8 +134,10 @@ def train_steps(
     steps = asked_ahead(run.stream.iterate(progress.step, section.steps, held), run.soft_labels)
     loss, window = None, Window()
     while progress.step < section.steps:
+        here.enter("data", progress.step)
         with window.timed("data_wait"):
             batches, failure = next_batches(steps)
+        here.enter("agreement", waits=True)
         facts = agree_on_step(
             batches,
             failure,
@@ -237,6 +243,7 @@ def start(
 ) -> tuple[Run, Progress]:
     """Everything that a rank needs, with the weights and moments of `resumed` where it is given,
     else with the first weights of the recipe."""
+    here.enter("loading indexes")
     data, section = recipe.data, recipe.training
     sources = {s.name: s for s in (*data.train, *data.extra, data.vocabulary_source)}
     indexes = {name: load_index(shards_url(data, source)) for name, source in sources.items()}
@@ -253,12 +260,14 @@ def start(
     )
     if dist.get_rank() == 0:
         write_category_maps(recipe.run_dir, stream.category_maps)
+    here.enter("building the model")
     student, soft_labels = build_student(
         recipe, vocabulary, device, pretrained=resumed is None, soft_labels=soft_labels
     )
     progress, state = Progress(0, 0, stream.plan.state()), None
     if resumed is not None:
         manifest = read_manifest(resumed)
+        here.enter("loading the checkpoint")
         stream.plan.check(manifest.plan)
         state = load_state(resumed)
         restore(student, state, resumed, vocabulary)
@@ -274,6 +283,7 @@ def start(
         report = initialize(student.detector, source, vocabulary)
         if dist.get_rank() == 0:
             logger.info("%s", report)
+    here.enter("preparing the optimizer")
     accumulation = num_micro_batches(section.batch_size, section.micro_batch, world_size)
     engine = Engine(student, section, accumulation, state)
     counts = counted.image_counts()
@@ -323,12 +333,16 @@ def run_step(
         batch = batch.to(engine.device)
         soft_labels = None
         if run.soft_labels is not None:
+            here.enter("teacher")
             with window.timed("teacher_wait"):
                 soft_labels = run.soft_labels.labels(batch)
+        here.enter("forward")
         losses = engine.forward(batch.images, batch.mask, batch.targets, context, soft_labels)
+        here.enter("backward")
         totals.append(engine.backward(losses))
         for name, loss in losses.items():
             sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
+    here.enter("step")
     norm = engine.step(batches.step)
     window.add(batches, sums, norm)
     if math.isfinite(norm):
@@ -377,6 +391,7 @@ def count_consumed(
 
 def save_checkpoint(run: Run, progress: Progress, *, wait_for_evaluation: bool = False) -> None:
     """Gather the state from all ranks and publish it on the first."""
+    here.enter("gathering the checkpoint", progress.step)
     state, world_size = run.engine.state(), dist.get_world_size()
     progress.unreadable = dict(run.stream.ledger.unreadable)
 
@@ -387,6 +402,7 @@ def save_checkpoint(run: Run, progress: Progress, *, wait_for_evaluation: bool =
             request_evaluation(checkpoint_dir(run.recipe.run_dir, progress.step))
         save(state, progress, run.recipe, run.vocabulary, world_size)
 
+    here.enter("writing the checkpoint", waits=dist.get_rank() > 0)
     on_first_rank(publish)
 
 

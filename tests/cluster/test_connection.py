@@ -33,6 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connection, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(connection, "_watch_over_ray", lambda _started: None)
     monkeypatch.setattr(connection.ray_constants, "ENABLE_RAY_CLUSTER", True)
     for name in ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, "")

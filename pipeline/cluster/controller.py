@@ -1,0 +1,230 @@
+"""What Ray Train's controller tells of a run: failures, restarts, waiting, notices of preemption.
+
+`Supervisor` is called by the controller, in its process, which is on the driver's node.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    ErroredState,
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    ShuttingDownState,
+)
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from pipeline.cluster.elastic import answering_nodes, draining_nodes, nodes_that_stay
+from pipeline.cluster.failures import describe_failures, is_preemption, lost_ranks, out_of_memory
+from pipeline.errors import ClusterError, MemoryExceeded
+from pipeline.recipe import Recipe
+from pipeline.training.manifest import MANIFEST, list_checkpoints, read_manifest
+from pipeline.training.out_of_memory import memory_advice
+
+RESOURCES_PATIENCE_S = 1800.0
+"""How long a run waits for places for its workers before it ends."""
+SAY_AGAIN_S = 300.0
+"""Seconds between two lines on that the run waits."""
+SAVE_PATIENCE_S = 300.0
+"""How long workers that are called back may take for their step and its checkpoint."""
+_NOTICES_S = 1.0
+_WAITING = (InitializingState, RestartingState, ReschedulingState)
+
+
+class Supervisor(ControllerCallback, WorkerGroupCallback):
+    """Tells the office what happens to the workers, and saves them from what is announced."""
+
+    def __init__(self, office: Any, recipe: Recipe, run_dir: Path) -> None:
+        self._office, self._recipe, self._run_dir = office, recipe, run_dir
+        self._workers: dict[int, Any] = {}
+        """Ray's metadata of each rank: pid, node_id, node_ip."""
+        self._failures = 0
+        self._waiting: float | None = None
+        self._said = self._looked = float("-inf")
+        self._announced: set[str] = set()
+
+    # The life of a group.
+
+    def before_worker_group_start(self, _context: Any) -> None:
+        ray.get(self._office.begin_group.remote())
+
+    def after_worker_group_start(self, group: Any) -> None:
+        ray.get(self._office.start_group.remote())
+        self._workers = {
+            worker.distributed_context.world_rank: worker.metadata for worker in group.get_workers()
+        }
+        waited = "" if self._waiting is None else f" after {time.monotonic() - self._waiting:.0f} s"
+        self._waiting, self._said = None, float("-inf")
+        self._announced.clear()
+        if waited or self._recipe.cluster.is_elastic:
+            number = len(self._workers)
+            begin = "1 worker begins" if number == 1 else f"{number} workers begin"
+            self._say(logging.INFO, f"{begin}{waited}")
+
+    def after_worker_group_poll_status(self, status: Any) -> None:
+        now = time.monotonic()
+        if now - self._looked > _NOTICES_S and not status.errors:
+            self._looked = now
+            self._heed_notices()
+
+    def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+        """Keep workers from nodes that are lost or about to be; Ray knows of it only later."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        stay = nodes_that_stay()
+        if not stay or len(stay) == len(alive):
+            return None
+        return {ray._raylet.RAY_NODE_ID_KEY: f"in({','.join(stay)})"}
+
+    def after_controller_state_update(self, before: Any, state: Any) -> None:
+        if isinstance(state, RestartingState) and not isinstance(before, RestartingState):
+            self._restarts(state.training_failed_error)
+        elif isinstance(state, ResizingState):
+            number = state.scaling_decision.num_workers
+            self._say(logging.INFO, f"there is place for {number} workers: all save, to go on so")
+            self._call_back()
+        elif isinstance(state, ShuttingDownState) and isinstance(state.next_state, ErroredState):
+            self._ends(state.next_state.training_failed_error)
+        if isinstance(state, _WAITING):
+            self._wait(isinstance(state, ReschedulingState))
+
+    # What goes wrong.
+
+    def _restarts(self, error: Exception) -> None:
+        ray.get(self._office.end_group.remote())
+        self._waiting = time.monotonic()
+        if is_preemption(error):
+            self._say(logging.INFO, f"the run goes on elsewhere, {self._from_checkpoint()}")
+            return
+        if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
+            return
+        self._failures += 1
+        what = self._describe(error)
+        number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
+        self._say(logging.WARNING, f"{what}; {number}, {self._from_checkpoint()}")
+
+    def _ends(self, error: Exception) -> None:
+        if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
+            return
+        if lost_ranks(error.worker_failures):
+            what = self._describe(error)
+            self._fail(
+                ClusterError(
+                    f"{what}; that was loss {self._failures + 1} of workers, and cluster."
+                    f"max_failures is {self._recipe.cluster.max_failures}. The same command goes "
+                    f"on {self._from_checkpoint()}"
+                )
+            )
+
+    def _told_by_worker(self, error: Any) -> bool:
+        """Whether the run ends with an error that a worker has told, or that a death tells."""
+        if ray.get(self._office.error.remote()) is not None:
+            return True
+        killed = out_of_memory(error.worker_failures)
+        if killed is None:
+            return False
+        where = f"rank {killed} on node {self._place(killed)} was ended by Ray, for the memory of "
+        self._fail(MemoryExceeded(memory_advice(self._recipe, f"{where}its machine was used up")))
+        return True
+
+    def _place(self, rank: int) -> str:
+        return str(self._workers[rank].node_ip) if rank in self._workers else "unknown"
+
+    # Waiting for places.
+
+    def _wait(self, lacking: bool) -> None:
+        """Say what is waited for, once a start has failed for it; give up after the patience."""
+        now = time.monotonic()
+        self._waiting = now if self._waiting is None else self._waiting
+        seconds = now - self._waiting
+        if not lacking and seconds < 5:
+            return
+        if now - self._said > SAY_AGAIN_S:
+            self._said = now
+            self._say(
+                logging.WARNING,
+                f"waiting since {seconds:.0f} s for {self._lacking()}; at most "
+                f"{RESOURCES_PATIENCE_S / 60:.0f} minutes",
+            )
+        if seconds > RESOURCES_PATIENCE_S:
+            error = ClusterError(
+                f"the cluster had no {self._lacking()}, waited for {seconds / 60:.0f} minutes. "
+                "Give it the nodes, or lower cluster.workers; the same command goes on "
+                f"{self._from_checkpoint()}"
+            )
+            self._fail(error)
+            raise error
+
+    def _lacking(self) -> str:
+        cluster = self._recipe.cluster
+        each = f"{cluster.cpus_per_worker:g} CPUs"
+        if cluster.gpus_per_worker:
+            each += f" and {cluster.gpus_per_worker:g} GPUs"
+        stay, free = nodes_that_stay(), ray.available_resources()
+        there = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
+        return (
+            f"places for {cluster.min_workers} workers of {each} each (there are {there} "
+            f"on {len(stay)} nodes)"
+        )
+
+    # What is announced.
+
+    def _heed_notices(self) -> None:
+        """Save when a node is about to be taken away, and go on without it."""
+        draining = {
+            node: deadline
+            for node, deadline in draining_nodes().items()
+            if any(worker.node_id == node for worker in self._workers.values())
+        }
+        if not draining:
+            return
+        deadline_ms = min((one for one in draining.values() if one), default=None)
+        if not draining.keys() <= self._announced:
+            self._announced |= draining.keys()
+            left = ""
+            if deadline_ms is not None:
+                left = f" in {deadline_ms / 1000 - time.time():.0f} s"
+            hosts = {w.node_ip for w in self._workers.values() if w.node_id in draining}
+            names = ", ".join(sorted(hosts))
+            self._say(logging.WARNING, f"node {names} will be taken away{left}: all workers save")
+            ray.get(self._office.recall.remote())
+        late = deadline_ms is not None and time.time() * 1000 > deadline_ms
+        if late or ray.get(self._office.num_left.remote()) == len(self._workers):
+            ranks = {
+                node: [rank for rank, worker in self._workers.items() if worker.node_id == node]
+                for node in draining
+            }
+            raise PreemptionError(PreemptionInfo(deadline_ms, ranks), drain_timed_out=late)
+
+    def _call_back(self) -> None:
+        """Make all workers save, so that nothing is lost by what follows; wait for them."""
+        ray.get(self._office.recall.remote())
+        deadline = time.monotonic() + SAVE_PATIENCE_S
+        while ray.get(self._office.num_left.remote()) < len(self._workers):
+            if time.monotonic() > deadline:
+                self._say(logging.WARNING, "not all workers have saved; their steps are lost")
+                return
+            time.sleep(0.2)
+
+    # Words.
+
+    def _describe(self, error: Any) -> str:
+        return describe_failures(error.worker_failures, self._workers, answering_nodes())
+
+    def _from_checkpoint(self) -> str:
+        for directory in reversed(list_checkpoints(self._run_dir)):
+            if (directory / MANIFEST).is_file():
+                return f"from step {read_manifest(directory).step}"
+        return "from the beginning"
+
+    def _say(self, level: int, message: str) -> None:
+        ray.get(self._office.log.remote(level, message))
+
+    def _fail(self, error: Exception) -> None:
+        ray.get(self._office.fail.remote(type(error).__name__, str(error)))

@@ -1,0 +1,106 @@
+"""As many workers as there is place for, on nodes that live and stay.
+
+Ray's own policy counts what nodes have in all, from a view that may be 20 s old and knows nodes as
+alive until their health checks have failed for 15 s: it asks for places on a node that is lost, or
+about to be taken away, or full of other actors, and waits for them in vain.
+"""
+
+import socket
+import time
+from typing import Any
+
+import ray
+from ray._private import state as ray_state
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+GROW_S = 20.0
+"""Seconds between two looks whether nodes have joined."""
+NODE_PATIENCE_S = 2.0
+"""How long a node may take to accept a connection."""
+_LOOK_S = 1.0
+"""Seconds between two looks while there are too few places."""
+
+
+class Trainer(TorchTrainer):
+    """Ray's, which counts places by `NodesThatStay`."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = NodesThatStay(self.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class NodesThatStay(ElasticScalingPolicy):
+    """Ray's elastic policy, with places counted on the nodes of `nodes_that_stay`."""
+
+    def __init__(self, scaling_config: Any) -> None:
+        super().__init__(scaling_config)
+        self._held: dict[str, int] = {}
+        """Workers of the newest group by node: their places are free for the next one."""
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
+        self._held = {}
+        for worker in worker_group_state.workers:
+            node = worker.metadata.node_id
+            self._held[node] = self._held.get(node, 0) + 1
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if isinstance(decision, ResizeDecision):
+            # A node that is lost comes as an error, and one that is taken away by its notice.
+            grows = decision.num_workers > len(worker_group_state.workers)
+            return decision if grows else NoopDecision()
+        return decision
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, ResizeDecision):
+            time.sleep(_LOOK_S)  # Ray asks again at once.
+        return decision
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(current_state, ReschedulingState):
+            self._held = {}  # The workers of before are gone, and no others came.
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
+        """What each node that stays has for workers: free, or held by those of before."""
+        need = self.scaling_config._resources_per_worker_not_none
+        free = ray_state.available_resources_per_node()
+        return {
+            node: {
+                key: free.get(node, {}).get(key, 0.0) + self._held.get(node, 0) * amount + 1e-6
+                for key, amount in need.items()
+            }
+            for node in nodes_that_stay()
+        }
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of nodes that are about to be taken away, with the time in ms since 1970, 0: unknown."""
+    found: dict[str, int] = ray_state.state.get_draining_nodes()
+    return found
+
+
+def answering_nodes() -> list[str]:
+    """Ids of nodes that accept connections: some of Ray's living ones may be lost."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)]
+
+
+def nodes_that_stay() -> list[str]:
+    """Those of them that are not about to be taken away."""
+    draining = draining_nodes()
+    return [node for node in answering_nodes() if node not in draining]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        socket.create_connection(address, timeout=NODE_PATIENCE_S).close()
+    except OSError:
+        return False
+    return True

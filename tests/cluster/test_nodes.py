@@ -1,0 +1,146 @@
+"""Nodes that are lost, join and are taken away, under a run with `cluster.workers: [1, 2]`."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from processes import descendants
+from tiny_world import (
+    ENVIRONMENT,
+    ROOT,
+    metrics,
+    prepare,
+    run_command,
+    start_command,
+    tiny_recipe,
+    wait_for_step,
+    write_recipe,
+)
+
+from pipeline.training.manifest import list_checkpoints, read_manifest
+
+pytestmark = pytest.mark.slow
+PATIENCE_S = 900.0
+WORKERS = {"workers": [1, 2], "gpus_per_worker": 0, "hang_timeout": None}
+STEPS = 24
+ALONE = """
+import sys
+from pipeline.recipe_file import load_recipe
+from pipeline.training.loop import train_here
+
+train_here(load_recipe(sys.argv[1]))
+"""
+
+
+class Nodes:
+    """The process of `several_nodes.py`."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("several_nodes.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        self.pid, self.address = self._process.pid, self._answer()
+
+    def do(self, word: str) -> None:
+        assert self._process.stdin is not None
+        print(word, file=self._process.stdin, flush=True)
+        assert self._answer() == word
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=120)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                return line.removeprefix("answer ").strip()
+        raise AssertionError("the cluster ended")
+
+
+@contextmanager
+def nodes() -> Iterator[Nodes]:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    found = Nodes({**ENVIRONMENT, **token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"})
+    os.environ.update(token)
+    ENVIRONMENT.update(token)
+    try:
+        yield found
+    finally:
+        found.end()
+        for name in token:
+            del os.environ[name], ENVIRONMENT[name]
+
+
+def wait_for_line(log: Path, text: str, process: subprocess.Popen[bytes], after: int = 0) -> int:
+    """Return how many bytes the log has when `text` stands in it behind the first `after`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while text not in log.read_bytes()[after:].decode(errors="replace"):
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, f"no {text!r} in {log.read_text()[-3000:]}"
+        time.sleep(0.1)
+    return log.stat().st_size
+
+
+@contextmanager
+def stopped(cluster: Nodes) -> Iterator[None]:
+    """The only worker is stopped meanwhile, so that the run does not end before its time."""
+    [worker] = descendants(cluster.pid, "RayTrainWorker")
+    os.kill(worker, signal.SIGSTOP)
+    yield
+    os.kill(worker, signal.SIGCONT)
+
+
+def test_nodes_are_lost_and_join_and_are_taken_away(tmp_path: Path) -> None:
+    """At 2, 1, 2 and again 1 workers, on the same global batches as one process."""
+    prepare(tmp_path)
+    training = {"steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": STEPS}
+    alone = tiny_recipe(tmp_path, "alone", training=training, cluster=WORKERS)
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = run_command(str(tmp_path / "alone.py"), str(write_recipe(tmp_path, alone)))
+    assert done.returncode == 0, done.stderr
+
+    log = tmp_path / "elastic.log"
+    with nodes() as cluster:
+        settings = {**WORKERS, "address": cluster.address}
+        recipe = tiny_recipe(tmp_path, "elastic", training=training, cluster=settings)
+        path = str(write_recipe(tmp_path, recipe))
+        process = start_command("-m", "pipeline", "train", path, log=log)
+        wait_for_step(recipe, 6, process, PATIENCE_S)
+        cluster.do("lose")
+        wait_for_line(log, "1 worker begins", process)
+        wait_for_step(recipe, 7, process, PATIENCE_S)
+        with stopped(cluster):
+            cluster.do("add")
+            grown = wait_for_line(log, "there is place for 2 workers", process)
+        grown = wait_for_line(log, "2 workers begin", process, grown)
+        wait_for_line(log, "steps", process, grown)
+        cluster.do("drain")
+        assert process.wait(timeout=PATIENCE_S) == 0, log.read_text()
+
+    said = log.read_text()
+    assert "was lost with its node; restart 1 of 3, from step 5" in said
+    assert "restart 2" not in said, "a node that is announced to go is no failure"
+    assert "will be taken away in" in said
+    manifests = [read_manifest(directory) for directory in list_checkpoints(recipe.run_dir)]
+    sizes = [size for size, _ in groupby(manifest.world_size for manifest in manifests)]
+    assert sizes == [2, 1, 2, 1], said
+    ours, theirs = metrics(recipe), metrics(alone)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["consumed"] == other["consumed"] and mine["samples"] == other["samples"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)

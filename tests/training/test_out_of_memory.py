@@ -1,0 +1,53 @@
+"""Memory that is not there: an error that names the rank, the images and what to lower."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import prepare, run_command, tiny_recipe, write_recipe
+
+from pipeline.errors import MemoryExceeded
+from pipeline.training.out_of_memory import memory_explained
+
+LIMITED = """
+import os, resource, sys
+os.environ["TORCHELASTIC_RUN_ID"] = "alone"  # In this process, without Ray.
+from pipeline.cli import main
+from pipeline.training import loop
+
+def limit(step, loss):
+    # From now on this process gets less than the activations of 64 images take.
+    most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    return False
+
+train = loop.train
+loop.train = lambda recipe, device, check_in, evaluate: train(recipe, device, limit, evaluate)
+main(["train", sys.argv[1]])
+"""
+
+
+def test_a_failed_allocation_names_rank_images_and_keys(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "any")
+    with pytest.raises(MemoryExceeded) as caught, memory_explained(recipe, 3):
+        torch.empty(2**50, dtype=torch.uint8)
+    said = str(caught.value)
+    assert caught.value.exit_code == 78
+    assert "rank 3 ran out of memory (" in said and "llocate" in said
+    assert "up to 2 x 96x96 pixels" in said
+    for key in ("micro_batch (now 2)", "activation_checkpointing=true", "max_side (now 96)"):
+        assert key in said
+    with pytest.raises(RuntimeError, match="another"), memory_explained(recipe, 0):
+        raise RuntimeError("another fault")
+
+
+@pytest.mark.slow
+def test_a_run_whose_memory_is_used_up_ends_with_that_error(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    recipe = tiny_recipe(tmp_path, "full", training={"batch_size": 64, "micro_batch": 64})
+    (tmp_path / "limited.py").write_text(LIMITED)
+    path = str(write_recipe(tmp_path, recipe))
+    done = run_command(str(tmp_path / "limited.py"), path)
+    assert done.returncode == 78, done.stderr[-3000:]
+    assert "rank 0 ran out of memory (" in done.stderr
+    assert "Traceback" not in done.stderr
