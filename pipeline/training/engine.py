@@ -227,6 +227,7 @@ class Engine:
         if self.section.offload != "none":
             # The same of the gradients on the host, which are copied into, at stages 1 and 2 too.
             for flat in self._optimizer_tensors():
+                assert flat.grad is not None
                 flat.grad.zero_()
         if math.isfinite(norm):
             for name, average in self._averages.items():
