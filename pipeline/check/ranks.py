@@ -74,7 +74,8 @@ class RankMemory(NamedTuple):
     copies: int
     """ZeRO's own copy of the weights, buckets, and weights that are gathered."""
     working: int
-    """Activations, the teacher's or the optimizer's temporaries: the largest of them."""
+    """Activations, the teacher's or the optimizer's temporaries: the largest of them. With the
+    activations of stage 2 the gradient of a micro-step, where a step has several."""
     teacher: int
     host: int
     """What is offloaded, with what DeepSpeed holds there beside."""
@@ -95,6 +96,8 @@ def rank_memory(layout: Layout, model: ModelSize, training: Training) -> RankMem
     moments, averages = 2 * own, own if training.averaged else 0
     # The step of AdamW makes a root of the second moment, and ZeRO a flat gradient as well.
     step = own * (1 if stage == 0 else 2)
+    # Stage 2 adds each micro-step's part of the gradient to that of those before it.
+    adding = own if stage == 2 and training.micro_steps > 1 and layout.offload == "none" else 0
     host = 0
     if layout.offload != "none":
         host = moments + averages + _host_copies(layout, own, training)
@@ -110,7 +113,7 @@ def rank_memory(layout: Layout, model: ModelSize, training: Training) -> RankMem
         moments,
         averages,
         _copies(layout, model, training),
-        max(training.activations, training.teacher_peak, step),
+        max(training.activations + adding, training.teacher_peak, step),
         training.teacher,
         host,
         _received(layout, model, training),

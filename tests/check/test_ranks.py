@@ -48,7 +48,9 @@ def test_each_stage_divides_what_it_divides(
     found = rank_memory(layout, SIZE, FOUR)
     parts = found.parameters, found.gradients, found.moments, found.averages, found.copies
     assert parts == (parameters, gradients, moments, averages, copies)
-    assert found.total == sum(parts) + 10_000
+    # Stage 2 has a micro-step's part of the gradient beside the sum of those before.
+    adding = 800 if layout == Layout(2) else 0
+    assert found.total == sum(parts) + 10_000 + adding
     assert found.host == host
 
 
