@@ -352,8 +352,9 @@ def _config(section: Training, accumulation: int, num_elements: int) -> dict[str
             "overlap_comm": get_accelerator().device_name() != "cpu",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            # Its own linear layer rounds twice in bfloat16, so stage 3 would learn something else.
-            "memory_efficient_linear": False,
+            # DeepSpeed's own linear layer lets stage 3 give up gathered weights, which PyTorch's
+            # would keep. In bfloat16 a copy is kept anyway, and it would round a second time.
+            "memory_efficient_linear": section.precision == "float32",
             **offload,
         },
         # Also where the forward pass is in bfloat16: what is small in a sum would be lost in it.
