@@ -170,7 +170,7 @@ def _table(memory: Mapping[Layout, RankMemory], gpu_memory: float | None) -> lis
     """A line for each part of the memory, a column for each layout, in GB."""
 
     def line(name: str, cells: list[str]) -> str:
-        return f"  {name:28}" + "".join(f"{cell:>15}" for cell in cells)
+        return f"  {name:28}" + "".join(f"{cell:>17}" for cell in cells)
 
     def numbers(name: str, values: list[int]) -> str:
         return line(name, [f"{value / 1e9:.2f}" for value in values])
