@@ -142,7 +142,8 @@ def _copies(layout: Layout, model: ModelSize, training: Training) -> int:
         own = _part(model.trained, training.workers) if layout.offload == "none" else 0
         return own + buckets * SINGLE * bucket
     gathered = min(model.parameters, REUSE // 2 + PREFETCH)
-    return SINGLE * (bucket + gathered)
+    # A bucket is put in the order of ranks, in a copy of it, before it is reduced.
+    return SINGLE * (2 * bucket + gathered)
 
 
 def _received(layout: Layout, model: ModelSize, training: Training) -> int:

@@ -24,15 +24,15 @@ def test_the_size_of_a_model() -> None:
         # A copy of its part of the weights, and two buckets.
         (Layout(1), 4040, 3200, 1600, 800, 800 + 6400, 0),
         (Layout(2), 4040, 800, 1600, 800, 800 + 6400, 0),
-        # One bucket, and the whole model gathered, for it is small.
-        (Layout(3), 1040, 800, 1600, 800, 3200 + 4000, 0),
+        # A bucket twice, and the whole model gathered, for it is small.
+        (Layout(3), 1040, 800, 1600, 800, 6400 + 4000, 0),
         # On the host: moments, averages, AdamW's weights and gradients, what goes back to the
         # device, and at stage 2 sums of gradients.
         (Layout(1, "optimizer"), 4040, 3200, 0, 0, 6400, 1600 + 800 + 3 * 800),
         (Layout(2, "optimizer"), 4040, 800, 0, 0, 6400, 1600 + 800 + 4 * 800),
         # Sums of gradients instead of a way back, and no gradient on the device.
-        (Layout(3, "optimizer"), 1040, 0, 0, 0, 3200 + 4000, 1600 + 800 + 3 * 800),
-        (Layout(3, "all"), 40, 0, 0, 0, 3200 + 4000, 1000 + 1600 + 800 + 3 * 800),
+        (Layout(3, "optimizer"), 1040, 0, 0, 0, 6400 + 4000, 1600 + 800 + 3 * 800),
+        (Layout(3, "all"), 40, 0, 0, 0, 6400 + 4000, 1000 + 1600 + 800 + 3 * 800),
     ],
     ids=str,
 )
@@ -75,7 +75,7 @@ def test_what_is_received_in_a_step() -> None:
 def test_a_large_model_is_gathered_twice_and_never_whole() -> None:
     large = ModelSize(2_000_000_000, 2_000_000_000, 0)
     found = rank_memory(Layout(3), large, FOUR._replace(micro_steps=1, averaged=False))
-    assert found.copies == 4 * (50_000_000 + 550_000_000)
+    assert found.copies == 4 * (2 * 50_000_000 + 550_000_000)
     assert found.received == 4 * (2_000_000_000 + 2_000_000_000 + 1_500_000_000) * 3 // 4
 
 
