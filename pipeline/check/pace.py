@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from pipeline.data.plan.steps import Plan
 from pipeline.data.shards.index import Index
-from pipeline.recipe import Recipe
+from pipeline.data.storage.files import is_local_path
+from pipeline.recipe import Recipe, ShardReading
 from pipeline.training.metrics import METRICS
 
 
@@ -69,14 +70,21 @@ def _measured(run_dir: Path) -> tuple[float, int | None] | None:
 
 
 class Reads(NamedTuple):
-    """Bytes and images that a run reads, `bytes_of_step` those of the step that reads most."""
+    """Bytes and images that a run reads, `bytes_of_step` those of the step that reads most.
+
+    `of_machine` are the bytes of whole shards that each machine fetches in the run; None where
+    samples are read one by one, from where they are.
+    """
 
     images: float
     num_bytes: float
     bytes_of_step: float
+    of_machine: float | None
 
 
-def reads_of(plan: Plan, indexes: Mapping[str, Index | None], steps: int) -> Reads:
+def reads_of(
+    plan: Plan, indexes: Mapping[str, Index | None], steps: int, reading: ShardReading
+) -> Reads:
     """From the mean bytes of a sample in its shards, and how many samples an example is made of."""
     slots = plan.samples_before(steps)
     images = num_bytes = 0.0
@@ -92,7 +100,31 @@ def reads_of(plan: Plan, indexes: Mapping[str, Index | None], steps: int) -> Rea
             places = plan.batch_size
         mean = sum(size * float(share) for size, share in zip(sizes, stream.shares, strict=True))
         of_steps.append(read * places * mean)
-    return Reads(images, num_bytes, sum(of_steps) if plan.mixed else max(of_steps))
+    of_step = sum(of_steps) if plan.mixed else max(of_steps)
+    return Reads(images, num_bytes, of_step, _whole_shards(plan, indexes, slots, reading))
+
+
+def _whole_shards(
+    plan: Plan,
+    indexes: Mapping[str, Index | None],
+    slots: Mapping[str, int],
+    reading: ShardReading,
+) -> float | None:
+    """Bytes of the shards that a machine fetches: every one that is elsewhere, in each epoch, and
+    once in all where the cache holds them together."""
+    sizes = {
+        name: sum(shard.num_bytes for shard in index.shards)
+        for name, index in indexes.items()
+        if index is not None and name in slots and not is_local_path(index.url)
+    }
+    if reading.how != "shards" or not sizes:
+        return None
+    kept = sum(sizes.values()) <= reading.cache_gigabytes * 1e9
+    fetched = 0.0
+    for name, size in sizes.items():
+        epochs = slots[name] / plan.epoch_lengths[name]
+        fetched += size * (min(epochs, 1.0) if kept else epochs)
+    return fetched
 
 
 def mean_bytes(index: Index | None) -> float:

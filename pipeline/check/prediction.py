@@ -11,7 +11,8 @@ from pipeline.check.describe import plan_of, worst_canvas
 from pipeline.check.needs import needs_teacher, sources_of
 from pipeline.check.pace import StepTime, reads_of, step_time
 from pipeline.check.prepared import find_data, vocabulary_of
-from pipeline.check.ranks import STAGES, ModelSize, RankMemory, Stage, Training, rank_memory
+from pipeline.check.ranks import LAYOUTS, Layout, ModelSize, RankMemory, Training, rank_memory
+from pipeline.check.reserved import cluster_line, host_lines, reserved_gpus
 from pipeline.data.plan.steps import Plan
 from pipeline.data.shards.index import Index
 from pipeline.data.vocabulary.categories import Vocabulary
@@ -64,7 +65,7 @@ def predict_stage(recipe: Recipe, asked: Asked) -> Prediction:
     lines[0] += counted
     time = step_time(recipe, workers, asked.step_seconds)
     plan = plan_of(recipe, indexes, vocabulary)
-    lines += _table(memory, asked.gpu_memory)
+    lines[3:3] = _table(memory, asked.gpu_memory)
     lines += run_lines(recipe, workers, time)
     lines += data_lines(recipe, plan, indexes, time, workers)
     return Prediction("\n".join(lines), refusal(recipe, workers, memory, asked.gpu_memory))
@@ -112,10 +113,26 @@ def _batches(recipe: Recipe, workers: int) -> _Batches:
     return _Batches(images, micro_steps, -(-images // micro_steps))
 
 
+def _padding(recipe: Recipe, workers: int, share: _Batches) -> str:
+    """What of a step is computed for nothing, where images do not come out even."""
+    places, images = workers * share.micro_steps * share.micro_batch, recipe.training.batch_size
+    if places == images:
+        return ""
+    text = f"; {places - images} of {places} places are padding of weight 0"
+    if images % workers:
+        text += ", and only a cluster.workers of [least, most] may be one that does not divide"
+    return text
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """How the recipe itself would train."""
+    return Layout(recipe.training.zero_stage, recipe.training.offload)
+
+
 def _memory(
     recipe: Recipe, workers: int, categories: int
-) -> tuple[dict[Stage, RankMemory], list[str]]:
-    """Memory at each stage, and lines on the micro-batch that it is for."""
+) -> tuple[dict[Layout, RankMemory], list[str]]:
+    """Memory in each layout; three lines on the micro-batch that it is for, and those on hosts."""
     from pipeline.check.activations import MicroBatch, meta_student, step_bytes
 
     section, data = recipe.training, recipe.data
@@ -140,25 +157,27 @@ def _memory(
         f"{recipe.name} on {workers} workers, predicted: {size.parameters / 1e6:.1f} M parameters, "
         f"{size.trained / 1e6:.1f} M of them trained; {categories} categories",
         f"  batch       {section.batch_size} images = {workers} workers x {share.images}, in "
-        f"{share.micro_steps} micro-steps of {share.micro_batch}",
+        f"{share.micro_steps} micro-steps of {share.micro_batch}{_padding(recipe, workers, share)}",
         f"  at worst    {height}x{width} pixels, {data.max_boxes} boxes an image, {batch.columns} "
         f"class columns; {section.precision}",
+        *host_lines(recipe, size, share.micro_steps),
     ]
-    return {stage: rank_memory(stage, size, training) for stage in STAGES}, lines
+    layouts = dict.fromkeys((*LAYOUTS, layout_of(recipe)))
+    return {layout: rank_memory(layout, size, training) for layout in layouts}, lines
 
 
-def _table(memory: Mapping[Stage, RankMemory], gpu_memory: float | None) -> list[str]:
-    """A line for each part of the memory, a column for each stage, in GB."""
+def _table(memory: Mapping[Layout, RankMemory], gpu_memory: float | None) -> list[str]:
+    """A line for each part of the memory, a column for each layout, in GB."""
 
     def line(name: str, cells: list[str]) -> str:
-        return f"  {name:28}" + "".join(f"{cell:>15}" for cell in cells)
+        return f"  {name:28}" + "".join(f"{cell:>17}" for cell in cells)
 
     def numbers(name: str, values: list[int]) -> str:
         return line(name, [f"{value / 1e9:.2f}" for value in values])
 
     every = list(memory.values())
     lines = [
-        line("GB of each worker", [f"ZeRO {stage}" for stage in memory]),
+        line("GB of each worker", [f"ZeRO {layout}" for layout in memory]),
         numbers("parameters and buffers", [m.parameters for m in every]),
         numbers("gradients", [m.gradients for m in every]),
         numbers("AdamW's moments", [m.moments for m in every]),
@@ -184,17 +203,19 @@ def verdict(num_bytes: int, gpu_memory: float) -> str:
 
 
 def run_lines(recipe: Recipe, workers: int, time: StepTime) -> list[str]:
-    """Step time, time of the run, GPU-hours."""
-    steps = recipe.training.steps
+    """What the cluster must have, step time, time of the run, GPU-hours."""
+    steps, cluster = recipe.training.steps, cluster_line(recipe, workers)
     if time.seconds is None:
         return [
+            cluster,
             f"  step time   unknown: {time.origin}",
             f"  run         {steps:,} steps; time and GPU-hours unknown",
         ]
     hours = steps * time.seconds / 3600
-    gpus = recipe.cluster.gpus_per_worker * workers
+    gpus = reserved_gpus(recipe, workers).total
     cost = f"{hours * gpus:,.1f} GPU-hours" if gpus else f"{hours * workers:,.1f} worker-hours"
     return [
+        cluster,
         f"  step time   {time.seconds:g} s ({time.origin}): "
         f"{recipe.training.batch_size / time.seconds:.1f} images a second",
         f"  run         {steps:,} steps in {hours:,.2f} hours without evaluation; {cost}",
@@ -214,7 +235,7 @@ def data_lines(
         absent = ", ".join(name for name in used if indexes[name] is None)
         return [f"  data        epochs and rate unknown; not prepared here: {absent}"]
     steps = recipe.training.steps
-    reads = reads_of(plan, indexes, steps)
+    reads = reads_of(plan, indexes, steps, recipe.data.reading)
     lines = []
     for name, number in plan.samples_before(steps).items():
         epochs = number / plan.epoch_lengths[name]
@@ -222,28 +243,41 @@ def data_lines(
         if time.seconds is not None and epochs:
             text += f", {steps * time.seconds / 3600 / epochs:.2f} hours each"
         lines.append(text)
-    text = (
+    lines.append(
         f"  data        {reads.num_bytes / 1e9:,.2f} GB in {reads.images:,.0f} samples; "
         f"{reads.num_bytes / steps / 1e6:.2f} MB a step, at most {reads.bytes_of_step / 1e6:.2f}"
     )
-    if time.seconds is not None:
+    if reads.of_machine is not None:
+        # What workers read is then on their machine's disk.
+        text = f"; fetched as whole shards: {reads.of_machine / 1e9:,.2f} GB by each machine"
+        if time.seconds is not None:
+            rate = reads.of_machine / (steps * time.seconds) / 1e6
+            text += f", so storage has to give {rate:.2f} MB/s to each"
+        lines[-1] += text
+    elif time.seconds is not None:
         rate = reads.bytes_of_step / time.seconds / 1e6
-        text += f": storage has to give {rate:.2f} MB/s, {rate / workers:.3f} to each worker"
-    return [*lines, text]
+        lines[-1] += f": storage has to give {rate:.2f} MB/s, {rate / workers:.3f} to each worker"
+    return lines
 
 
 def refusal(
-    recipe: Recipe, workers: int, memory: Mapping[Stage, RankMemory], gpu_memory: float | None
+    recipe: Recipe, workers: int, memory: Mapping[Layout, RankMemory], gpu_memory: float | None
 ) -> str | None:
-    """Why the recipe's own stage does not fit, and which would."""
-    own: Stage = STAGES[recipe.training.zero_stage]
+    """Why the recipe's own layout does not fit, and which would."""
+    own = layout_of(recipe)
     if gpu_memory is None or verdict(memory[own].total, gpu_memory) != "too much":
         return None
-    able = [s for s, m in memory.items() if verdict(m.total, gpu_memory) != "too much"]
-    better = f"ZeRO {able[0]} would fit" if able else "no stage fits"
+    able = [each for each, m in memory.items() if verdict(m.total, gpu_memory) != "too much"]
+    better = "no stage fits"
+    if able:
+        offload = f" with training.offload {able[0].offload}" if able[0].offload != "none" else ""
+        better = f"ZeRO {able[0].zero_stage}{offload} would fit"
+    here = f"training.zero_stage {own.zero_stage}"
+    if own.offload != "none":
+        here += f", training.offload {own.offload}"
     return (
         f"recipe {recipe.name} does not fit: {memory[own].total / 1e9:.1f} GB are predicted for "
-        f"each of {workers} workers at training.zero_stage {own}, and --gpu-memory is "
+        f"each of {workers} workers at {here}, and --gpu-memory is "
         f"{gpu_memory:g}; {better}. Less memory take a smaller training.micro_batch, "
         "training.activation_checkpointing, detector.backbone.checkpointed_stages, precision "
         "bfloat16, and smaller data.transforms"

@@ -11,8 +11,19 @@ from torch import nn
 
 from pipeline.detectors.memory import FLOAT32_BYTES as SINGLE
 
-Stage = Literal["0", "1", "2", "3", "3 offload"]
-STAGES: tuple[Stage, ...] = ("0", "1", "2", "3", "3 offload")
+
+class Layout(NamedTuple):
+    """A stage of ZeRO, and what of it is offloaded to the host (`training.offload`)."""
+
+    zero_stage: int
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+    def __str__(self) -> str:
+        return f"{self.zero_stage}" + ("" if self.offload == "none" else f"+{self.offload}")
+
+
+LAYOUTS = (Layout(0), Layout(1), Layout(2), Layout(3), Layout(3, "all"))
+"""Those that `longtail check` always shows."""
 BUCKET = 50_000_000
 """Elements that are reduced together (`training/engine.py`), or the model where it is smaller."""
 REUSE = 1_000_000_000
@@ -63,9 +74,11 @@ class RankMemory(NamedTuple):
     copies: int
     """ZeRO's own copy of the weights, buckets, and weights that are gathered."""
     working: int
-    """Activations, the teacher's or the optimizer's temporaries: the largest of them."""
+    """Activations, the teacher's or the optimizer's temporaries: the largest of them. With the
+    activations of stage 2 the gradient of a micro-step, where a step has several."""
     teacher: int
     host: int
+    """What is offloaded, with what DeepSpeed holds there beside."""
     received: int
 
     @property
@@ -74,32 +87,44 @@ class RankMemory(NamedTuple):
         return sum(self[:7])
 
 
-def rank_memory(stage: Stage, model: ModelSize, training: Training) -> RankMemory:
+def rank_memory(layout: Layout, model: ModelSize, training: Training) -> RankMemory:
     """What one of `training.workers` ranks holds and receives."""
-    workers = training.workers
-    parameters = _part(model.parameters, workers if stage[0] == "3" else 1)
-    gradients = _part(model.trained, workers if stage[0] in "23" else 1)
-    divided = workers if stage != "0" else 1
-    moments = 2 * _part(model.trained, divided)
-    averages = _part(model.trained, divided) if training.averaged else 0
+    stage, workers = layout.zero_stage, training.workers
+    parameters = _part(model.parameters, workers if stage == 3 else 1)
+    gradients = _part(model.trained, workers if stage >= 2 else 1)
+    own = _part(model.trained, workers if stage >= 1 else 1)
+    moments, averages = 2 * own, own if training.averaged else 0
     # The step of AdamW makes a root of the second moment, and ZeRO a flat gradient as well.
-    step = _part(model.trained, divided) * (1 if stage == "0" else 2)
+    step = own * (1 if stage == 0 else 2)
+    # Stage 2 adds each micro-step's part of the gradient to that of those before it.
+    adding = own if stage == 2 and training.micro_steps > 1 and layout.offload == "none" else 0
     host = 0
-    if stage == "3 offload":
-        # On the host the optimizer has weights of its own, apart from those that are gathered.
-        host = parameters + gradients + moments + averages + _part(model.trained, workers)
-        parameters = gradients = moments = averages = step = 0
+    if layout.offload != "none":
+        host = moments + averages + _host_copies(layout, own, training)
+        moments = averages = step = 0
+        if stage == 3:
+            gradients = 0
+    if layout.offload == "all":
+        host += parameters
+        parameters = 0
     return RankMemory(
         parameters + model.buffers,
         gradients,
         moments,
         averages,
-        _copies(stage, model, training),
-        max(training.activations, training.teacher_peak, step),
+        _copies(layout, model, training),
+        max(training.activations + adding, training.teacher_peak, step),
         training.teacher,
         host,
-        _received(stage, model, training),
+        _received(layout, model, training),
     )
+
+
+def _host_copies(layout: Layout, own: int, training: Training) -> int:
+    """Beside moments and averages: the weights that AdamW updates there, and their gradient. Stages
+    1 and 2 have there what goes back to the device, too, stage 3 the sums of gradients over
+    micro-steps, and stage 2 both, where a step has several."""
+    return (4 if layout.zero_stage == 2 and training.micro_steps > 1 else 3) * own
 
 
 def _part(elements: int, ranks: int) -> int:
@@ -107,25 +132,27 @@ def _part(elements: int, ranks: int) -> int:
     return SINGLE * -(-elements // ranks)
 
 
-def _copies(stage: Stage, model: ModelSize, training: Training) -> int:
+def _copies(layout: Layout, model: ModelSize, training: Training) -> int:
     bucket = min(model.trained, BUCKET)
-    if stage == "0":
+    if layout.zero_stage == 0:
         return SINGLE * bucket if training.workers > 1 else 0
-    if stage in ("1", "2"):
+    if layout.zero_stage < 3:
         # With `overlap_comm`, on GPUs, one bucket fills while the other is reduced.
         buckets = 2 if training.on_gpu else 1
-        return _part(model.trained, training.workers) + buckets * SINGLE * bucket
+        own = _part(model.trained, training.workers) if layout.offload == "none" else 0
+        return own + buckets * SINGLE * bucket
     gathered = min(model.parameters, REUSE // 2 + PREFETCH)
-    return SINGLE * (bucket + gathered)
+    # A bucket is put in the order of ranks, in a copy of it, before it is reduced.
+    return SINGLE * (2 * bucket + gathered)
 
 
-def _received(stage: Stage, model: ModelSize, training: Training) -> int:
+def _received(layout: Layout, model: ModelSize, training: Training) -> int:
     """Bytes of a ring: each rank gets all parts but its own. Gradients are reduced once a step
     without ZeRO and at stage 1, and in each micro-step at stages 2 and 3."""
     reduced, gathered = model.trained, model.trained
-    if stage[0] in "23":
+    if layout.zero_stage >= 2:
         reduced *= training.micro_steps
-    if stage[0] == "3":
+    if layout.zero_stage == 3:
         again = max(0, model.parameters - REUSE // 2)
         gathered = (model.parameters + again) * training.micro_steps
     return SINGLE * (reduced + gathered) * (training.workers - 1) // training.workers

@@ -23,6 +23,10 @@ class Training(Section):
     drop_steps: list[PositiveCount] = Field(default=[])
     drop_factor: Fraction = 0.1
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the host's memory instead of the GPU's: `optimizer` moments, averages and what
+    AdamW updates, from `zero_stage` 1 on; `all` the parameters too, at 3. AdamW then runs on the
+    CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     """Compute the detector's transformer layers again in the backward pass; the backbone's stages
@@ -45,6 +49,12 @@ class Training(Section):
             )
         if self.drop_steps and self.schedule != "step":
             raise ValueError("drop_steps belong to `schedule: step`")
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload {self.offload!r} needs a zero_stage of at least {least}, and it is "
+                f"{self.zero_stage}, which divides nothing of that among workers; raise zero_stage"
+            )
         return self
 
 

@@ -158,7 +158,9 @@ class Engine:
         names = self.shapes.keys() | dict(named_persistent_buffers(module)).keys()
         assert names == module.state_dict().keys(), "a parameter has two names in the state dict"
         num_elements = sum(parameter.numel() for parameter in self._trainable.values())
-        optimizer = torch.optim.AdamW(parameter_groups(module, section))
+        # On the host the fused step goes once over its tensors and needs no room beside them.
+        fused = True if section.offload != "none" else None
+        optimizer = torch.optim.AdamW(parameter_groups(module, section), fused=fused)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -222,6 +224,11 @@ class Engine:
             # Without this a parameter that takes no part in the next step would be updated again
             # with this step's gradient: DeepSpeed copies into the buffer and never clears it.
             self._optimizer.grad_partitions_flat_buffer.zero_()
+        if self.section.offload != "none":
+            # The same of the gradients on the host, which are copied into, at stages 1 and 2 too.
+            for flat in self._optimizer_tensors():
+                assert flat.grad is not None
+                flat.grad.zero_()
         if math.isfinite(norm):
             for name, average in self._averages.items():
                 fragment = self._fragments[name]
@@ -334,6 +341,8 @@ class Engine:
 def _config(section: Training, accumulation: int, num_elements: int) -> dict[str, Any]:
     """DeepSpeed's own configuration; buckets are no larger than the model."""
     bucket = max(1, min(num_elements, 50_000_000))
+    moved = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
+    offload = {f"offload_{what}": {"device": "cpu"} for what in moved[section.offload]}
     return {
         "train_micro_batch_size_per_gpu": section.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -343,8 +352,16 @@ def _config(section: Training, accumulation: int, num_elements: int) -> dict[str
             "overlap_comm": get_accelerator().device_name() != "cpu",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            # DeepSpeed's own linear layer lets stage 3 give up gathered weights, which PyTorch's
+            # would keep. In bfloat16 a copy is kept anyway, and it would round a second time.
+            "memory_efficient_linear": section.precision == "float32",
+            **offload,
         },
+        # Also where the forward pass is in bfloat16: what is small in a sum would be lost in it.
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own AdamW for the host is compiled at first use; PyTorch's is there.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -57,6 +57,7 @@ HARMLESS_KEYS = (
     "training.keep_checkpoints",
     "training.max_skipped_steps",
     "training.zero_stage",
+    "training.offload",
     "evaluation",
     "logging",
     "cluster",

@@ -1,6 +1,8 @@
 """What `longtail check R --workers N` predicts: memory by part, time, data, what does not fit."""
 
+import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from tiny_world import in_line, run_command, tiny_recipe, write_recipe
 
 from pipeline.check.describe import plan_of
 from pipeline.check.needs import sources_of
-from pipeline.check.pace import step_time
+from pipeline.check.pace import reads_of, step_time
 from pipeline.check.prediction import (
     MARGIN,
     Asked,
@@ -18,7 +20,8 @@ from pipeline.check.prediction import (
     run_lines,
     verdict,
 )
-from pipeline.check.ranks import STAGES, RankMemory
+from pipeline.check.ranks import LAYOUTS, Layout, RankMemory
+from pipeline.check.reserved import read_ahead_bytes, reserved_cpus, reserved_gpus
 from pipeline.data.miniature.world import draw_world
 from pipeline.data.shards.preparing import load_index, prepare_source, shards_url
 from pipeline.errors import RecipeError
@@ -68,6 +71,16 @@ def test_parts_are_those_of_the_model(folder: Path) -> None:
     sums = [sum(column) for column in zip(*parts, strict=True)]
     assert cells(found.text, "in all") == pytest.approx(sums, abs=0.04)
     assert found.refusal is None and "batch       4 images = 2 workers x 2" in found.text
+    hosts = cells(found.text, "on the host")
+    # Moments, averages and three copies of half of what trains, and half of the weights.
+    assert hosts[:4] == [0] * 4
+    expected = 3 * gradients[0] + parameters[0] / 2
+    assert hosts[4] == pytest.approx(expected, abs=0.03)
+    whole = re.search(r"a checkpoint is (\S+) GB", found.text)
+    assert whole and float(whole[1]) == pytest.approx(4 * parameters[0], abs=0.03)
+    moved = big(folder, training={"zero_stage": 1, "offload": "optimizer"})
+    columns = predict_stage(moved, Asked(workers=2)).text.splitlines()[3].split("ZeRO")[1:]
+    assert [column.strip() for column in columns] == ["0", "1", "2", "3", "3+all", "1+optimizer"]
     one = predict_stage(big(folder, semantic=None), Asked(workers=4))
     assert "4 workers x 1, in 1 micro-steps of 1" in one.text
     assert cells(one.text, "teacher") == [0] * 5
@@ -79,7 +92,7 @@ def test_what_does_not_fit_is_refused_with_a_stage_that_would(folder: Path) -> N
     def of(total: float) -> RankMemory:
         return RankMemory(0, 0, 0, 0, 0, int(total * 1e9), 0, 0, 0)
 
-    memory = dict(zip(STAGES, map(of, [50.0, 30.0, 20.0, 10.0, 5.0]), strict=True))
+    memory = dict(zip(LAYOUTS, map(of, [50.0, 30.0, 20.0, 10.0, 5.0]), strict=True))
     recipe = tiny_recipe(folder, "tight", training={"zero_stage": 1})
     found = refusal(recipe, 4, memory, 24.0)
     assert found is not None
@@ -88,8 +101,74 @@ def test_what_does_not_fit_is_refused_with_a_stage_that_would(folder: Path) -> N
     assert refusal(recipe, 4, memory, 30.0) is None and refusal(recipe, 4, memory, None) is None
     hopeless = refusal(recipe, 4, memory, 4.0)
     assert hopeless is not None and "no stage fits" in hopeless
+    last = refusal(recipe, 4, memory, 6.0)
+    assert last is not None and "ZeRO 3 with training.offload all would fit" in last
+    moved = tiny_recipe(folder, "tight", training={"zero_stage": 2, "offload": "optimizer"})
+    found = refusal(moved, 4, {Layout(2, "optimizer"): of(30.0), **memory}, 24.0)
+    assert found is not None and "at training.zero_stage 2, training.offload optimizer" in found
     assert verdict(int(8e9), 10) == "fits" and verdict(int(9e9), 10) == "tight"
     assert verdict(int(10e9) + 1, 10) == "too much" and 0 < MARGIN < 1
+
+
+def test_workers_that_do_not_divide_the_batch_are_padded(folder: Path) -> None:
+    recipe = tiny_recipe(folder, "uneven", training={"batch_size": 8, "micro_batch": 2})
+    text = predict_stage(recipe, Asked(workers=3)).text
+    assert "8 images = 3 workers x 3, in 2 micro-steps of 2; 4 of 12 places are padding" in text
+    assert "cluster.workers of [least, most]" in text
+    assert "padding" not in predict_stage(recipe, Asked(workers=2)).text
+
+
+def test_gpus_of_teachers_and_of_evaluation_are_paid_for(folder: Path) -> None:
+    pool = {"placement": "pool", "actors": 2, "gpus_per_actor": 0.5, "cpus_per_actor": 2}
+    changes = {
+        "cluster": {"workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 4},
+        "teacher": pool,
+        "evaluation": {"every": 4, "gpus": 1, "cpus": 3},
+        "training": {"steps": 3600},
+    }
+    recipe = tiny_recipe(folder, "reserved", **changes)
+    assert reserved_gpus(recipe, 4) == (4, 1, 1 if recipe.data.validation else 0)
+    assert reserved_cpus(recipe, 4)[:2] == (16, 4)
+    total = reserved_gpus(recipe, 4).total
+    text = "\n".join(run_lines(recipe, 4, step_time(recipe, 4, 1.0)))
+    assert f"{total:g} GPUs (4 for trainers, 1 for teachers" in text
+    assert f"1.00 hours without evaluation; {total:.1f} GPU-hours" in text
+    alone = tiny_recipe(folder, "alone", **changes | {"teacher": {}, "evaluation": {"gpus": 1}})
+    assert reserved_gpus(alone, 4) == (4, 0, 0)
+
+
+def test_batches_that_are_read_ahead_take_shared_memory(folder: Path) -> None:
+    def of(workers: int) -> int:
+        return read_ahead_bytes(tiny_recipe(folder, "read", data={"workers": workers}), 2)
+
+    # 2 images of 96 x 96 with their mask. Two micro-steps: four tasks are given to one process or
+    # to two, and so many readings are in use or let go late, with one.
+    slab = 4 * 2 * 96 * 96
+    assert of(0) == 0 and of(1) == of(2) == (4 + 4 + 1) * slab
+    assert of(4) == (2 * 4 + 5) * slab
+
+
+def test_whole_shards_are_fetched_by_each_machine(folder: Path) -> None:
+    reading = {"how": "shards", "cache_gigabytes": 1e-6}
+    recipe = tiny_recipe(folder, "whole", data={"reading": reading}, training={"steps": 100})
+    here = {s.name: load_index(shards_url(recipe.data, s)) for s in recipe.data.sources}
+    plan = plan_of(recipe, here, here["lvis_train"].vocabulary)
+    time = step_time(recipe, 2, 1.0)
+    in_place = "\n".join(data_lines(recipe, plan, here, time, 2))
+    assert "whole shards" not in in_place and "to each worker" in in_place
+    away = {name: copy.copy(index) for name, index in here.items()}
+    for name, index in away.items():
+        index.url = f"s3://bucket/{name}"
+    assert plan is not None
+    epochs = {n: k / plan.epoch_lengths[n] for n, k in plan.samples_before(100).items()}
+    sizes = {n: sum(shard.num_bytes for shard in here[n].shards) for n in epochs}
+    for cache, times in ((1e-6, epochs), (1.0, dict.fromkeys(epochs, 1.0))):
+        assert all(number > 1 for number in epochs.values())
+        kept = recipe.data.reading.model_copy(update={"cache_gigabytes": cache})
+        fetched = sum(sizes[n] * times[n] for n in sizes)
+        assert reads_of(plan, away, 100, kept).of_machine == pytest.approx(fetched)
+    text = "\n".join(data_lines(recipe, plan, away, time, 2))
+    assert "by each machine, so storage has to give" in text and "MB/s to each" in text
 
 
 def test_time_is_given_or_measured_or_unknown(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_engine import BATCH, MICRO, section, toy_student, train_step
 from torch import nn
-from toy_student import NUM_CATEGORIES, ToyDetector, run_ranks
+from toy_student import LAYOUTS, NUM_CATEGORIES, ToyDetector, run_ranks
 
 from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.errors import RecipeError, StorageError
@@ -66,31 +66,35 @@ def save_steps(output: Path, *steps: int) -> list[Path]:
     ]
 
 
-def start_and_go_on(folder: str, stage: int) -> list[float]:
+def start_and_go_on(folder: str, layout: str) -> list[float]:
     """Two steps, a checkpoint, two more steps: the losses of the last two."""
-    engine = _engine(stage, None)
+    engine = _engine(layout, None)
     for step in range(2):
         train_step(engine, step)
     state = engine.state()
     if state is not None:
-        recipe = make_recipe(Path(folder, f"stage{stage}_world{dist.get_world_size()}"))
+        recipe = make_recipe(Path(folder, saved_name(layout, dist.get_world_size())))
         save(state, Progress(2, 0, {}), recipe, vocabulary(), dist.get_world_size())
     losses = [train_step(engine, step)[0] for step in (2, 3)]
-    _save_last(engine, Path(folder, f"direct_{stage}_{dist.get_world_size()}.pt"))
+    _save_last(engine, Path(folder, f"direct_{layout}_{dist.get_world_size()}.pt"))
     return losses
 
 
-def continue_from(folder: str, saved: str, stage: int) -> list[float]:
+def saved_name(layout: str, world_size: int) -> str:
+    return f"{layout} world {world_size}"
+
+
+def continue_from(folder: str, saved: str, layout: str) -> list[float]:
     """The same last two steps, from a checkpoint."""
     directory = newest_verified(Path(folder, saved, "run"))
     assert directory is not None
-    engine = _engine(stage, directory)
+    engine = _engine(layout, directory)
     losses = [train_step(engine, step)[0] for step in (2, 3)]
-    _save_last(engine, Path(folder, f"{saved}_{stage}_{dist.get_world_size()}.pt"))
+    _save_last(engine, Path(folder, f"{saved}_{layout}_{dist.get_world_size()}.pt"))
     return losses
 
 
-def _engine(stage: int, directory: Path | None) -> Engine:
+def _engine(layout: str, directory: Path | None) -> Engine:
     init_process_group(torch.device("cpu"))
     student, state = toy_student(), None
     if directory is not None:
@@ -98,7 +102,7 @@ def _engine(stage: int, directory: Path | None) -> Engine:
         state = load_state(directory)
         restore(student, state, directory, vocabulary())
     accumulation = num_micro_batches(BATCH, MICRO, dist.get_world_size())
-    return Engine(student, section(zero_stage=stage), accumulation, state)
+    return Engine(student, section(**LAYOUTS[layout]), accumulation, state)
 
 
 def _save_last(engine: Engine, path: Path) -> None:
@@ -107,12 +111,12 @@ def _save_last(engine: Engine, path: Path) -> None:
         torch.save([dict(state.weights), dict(state.averaged), dict(state.moments)], path)
 
 
-def start_all(folder: str, stages: list[int]) -> list[list[float]]:
-    return [start_and_go_on(folder, stage) for stage in stages]
+def start_all(folder: str, layouts: list[str]) -> list[list[float]]:
+    return [start_and_go_on(folder, layout) for layout in layouts]
 
 
-def continue_all(folder: str, pairs: list[tuple[str, int]]) -> list[list[float]]:
-    return [continue_from(folder, saved, stage) for saved, stage in pairs]
+def continue_all(folder: str, pairs: list[tuple[str, str]]) -> list[list[float]]:
+    return [continue_from(folder, saved, layout) for saved, layout in pairs]
 
 
 def assert_bitwise_equal(first: Path, second: Path) -> None:
@@ -124,32 +128,34 @@ def assert_bitwise_equal(first: Path, second: Path) -> None:
             assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path, stage: int) -> None:
-    [direct, _] = run_ranks(start_all, 2, str(tmp_path), [stage])
-    [resumed, _] = run_ranks(continue_all, 2, str(tmp_path), [(f"stage{stage}_world2", stage)])
+def test_resume_in_the_same_layout_is_bitwise_equal(tmp_path: Path) -> None:
+    [direct, _] = run_ranks(start_all, 2, str(tmp_path), ["3"])
+    [resumed, _] = run_ranks(continue_all, 2, str(tmp_path), [("3 world 2", "3")])
     assert direct == resumed
-    assert_bitwise_equal(
-        tmp_path / f"direct_{stage}_2.pt", tmp_path / f"stage{stage}_world2_{stage}_2.pt"
-    )
+    assert_bitwise_equal(tmp_path / "direct_3_2.pt", tmp_path / "3 world 2_3_2.pt")
 
 
 @pytest.mark.slow
-def test_any_stage_and_world_size_continues_any_other(tmp_path: Path) -> None:
-    stages = [0, 1, 2, 3]
+def test_any_layout_and_world_size_continues_any_other(tmp_path: Path) -> None:
+    """Each stage of ZeRO, and 3 with everything offloaded, saved by one rank and by two."""
+    layouts, worlds = ["0", "1", "2", "3", "3 all"], [1, 2]
     expected: dict[str, list[float]] = {}
-    for world in (1, 2):
-        losses = run_ranks(start_all, world, str(tmp_path), stages)[0]
-        expected |= {f"stage{s}_world{world}": losses[s] for s in stages}
-    pairs = list(itertools.product(expected, stages))
-    for world in (1, 2):
-        for (saved, stage), losses in zip(
-            pairs, run_ranks(continue_all, world, str(tmp_path), pairs)[0], strict=True
+    for world in worlds:
+        losses = run_ranks(start_all, world, str(tmp_path), layouts)[0]
+        names = [saved_name(layout, world) for layout in layouts]
+        expected |= dict(zip(names, losses, strict=True))
+    pairs = list(itertools.product(expected, layouts))
+    # Three ranks, and the optimizer alone offloaded, take some of them.
+    few = [("0 world 2", "1"), ("1 world 1", "3 all"), ("3 all world 2", "2"), ("2 world 2", "3")]
+    loads = {1: pairs, 2: [*pairs, ("3 world 1", "1 optimizer"), ("3 all world 2", "3 optimizer")]}
+    for world, of_world in {**loads, 3: few}.items():
+        for (saved, layout), losses in zip(
+            of_world, run_ranks(continue_all, world, str(tmp_path), of_world)[0], strict=True
         ):
-            assert losses == pytest.approx(expected[saved], rel=1e-5), (saved, stage, world)
-        for stage in stages:
-            resumed = tmp_path / f"stage{stage}_world{world}_{stage}_{world}.pt"
-            assert_bitwise_equal(tmp_path / f"direct_{stage}_{world}.pt", resumed)
+            assert losses == pytest.approx(expected[saved], rel=1e-5), (saved, layout, world)
+    for world, layout in itertools.product(worlds, layouts):
+        resumed = tmp_path / f"{saved_name(layout, world)}_{layout}_{world}.pt"
+        assert_bitwise_equal(tmp_path / f"direct_{layout}_{world}.pt", resumed)
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -262,7 +268,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_does_not_change_learning_may_change_in_a_recipe(tmp_path: Path) -> None:
     [directory] = save_steps(tmp_path, 5)
-    training = section(zero_stage=3, log_every=1, keep_checkpoints=9).model_dump()
+    training = section(zero_stage=3, offload="all", log_every=1, keep_checkpoints=9).model_dump()
     refuse_another_recipe(
         directory,
         make_recipe(tmp_path, training=training, cluster={"workers": 2}, description="moved"),
@@ -393,11 +399,11 @@ def test_an_export_touches_nothing_beside_it(
 
 @pytest.mark.slow
 def test_any_stage_exports_the_same_detector(tmp_path: Path) -> None:
-    stages = [0, 1, 2, 3]
+    stages = ["0", "1", "2", "3"]
     run_ranks(start_all, 2, str(tmp_path), stages)
     exported = []
     for stage in stages:
-        directory = newest_verified(tmp_path / f"stage{stage}_world2" / "run")
+        directory = newest_verified(tmp_path / saved_name(stage, 2) / "run")
         assert directory is not None
         output = export_detector(locate_checkpoint(directory), tmp_path / f"exported_{stage}")
         exported.append(load_file(output / "weights.safetensors"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy_student import ToyDetector, run_ranks, toy_micro_batches
+from toy_student import LAYOUTS, ToyDetector, run_ranks, toy_micro_batches
 
 from pipeline.detectors.interface import LossContext
 from pipeline.recipe import Training
@@ -19,7 +19,8 @@ from pipeline.training.engine import (
 )
 from pipeline.training.student import Student
 
-BATCH, MICRO = 8, 2
+BATCH, MICRO = 12, 2
+"""Images of a step, which one, two and three ranks share equally."""
 CONTEXT = LossContext(num_boxes=12.0, class_columns=None)
 
 
@@ -63,10 +64,10 @@ def reference(steps: int) -> tuple[list[float], dict[str, Tensor], dict[str, Ten
     return losses, student.state_dict(), averaged
 
 
-def make_engine(stage: int) -> Engine:
+def make_engine(layout: str) -> Engine:
     init_process_group(torch.device("cpu"))
     accumulation = num_micro_batches(BATCH, MICRO, dist.get_world_size())
-    return Engine(toy_student(), section(zero_stage=stage), accumulation)
+    return Engine(toy_student(), section(**LAYOUTS[layout]), accumulation)
 
 
 def train_step(engine: Engine, step: int, spoil_rank: int | None = None) -> tuple[float, float]:
@@ -82,26 +83,26 @@ def train_step(engine: Engine, step: int, spoil_rank: int | None = None) -> tupl
     return total.item(), norm
 
 
-def train_all_stages(steps: int) -> dict[int, object]:
+def train_in_every_layout(steps: int) -> dict[str, object]:
     results = {}
-    for stage in range(4):
-        engine = make_engine(stage)
+    for layout in LAYOUTS:
+        engine = make_engine(layout)
         losses = [train_step(engine, step)[0] for step in range(steps)]
         state = engine.state()
-        results[stage] = [losses, state and [dict(state.weights), dict(state.averaged)]]
+        results[layout] = [losses, state and [dict(state.weights), dict(state.averaged)]]
     return results
 
 
-def spoil_all_stages() -> dict[int, object]:
+def spoil_in_every_layout() -> dict[str, object]:
     results = {}
-    for stage in range(4):
-        engine = make_engine(stage)
+    for layout in LAYOUTS:
+        engine = make_engine(layout)
         train_step(engine, 0)
         before = engine.state()
         _, norm = train_step(engine, 1, spoil_rank=dist.get_world_size() - 1)
         after = engine.state()
         loss, next_norm = train_step(engine, 2)
-        clean = make_engine(stage)
+        clean = make_engine(layout)
         train_step(clean, 0)
         clean_loss, clean_norm = train_step(clean, 2)
         same = before is None or (
@@ -110,29 +111,43 @@ def spoil_all_stages() -> dict[int, object]:
             and all(torch.equal(before.averaged[n], after.averaged[n]) for n in before.averaged)
             and before.updates == after.updates == 1
         )
-        results[stage] = [norm, same, loss, clean_loss, next_norm, clean_norm]
+        results[layout] = [norm, same, loss, clean_loss, next_norm, clean_norm]
     return results
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_every_stage_learns_as_plain_pytorch_on_the_whole_batch(world_size: int) -> None:
+def test_every_layout_learns_as_plain_pytorch_on_the_whole_batch(world_size: int) -> None:
     losses, weights, averaged = reference(4)
-    first, *_ = run_ranks(train_all_stages, world_size, 4)
-    for stage, (stage_losses, (stage_weights, stage_averaged)) in first.items():
-        assert stage_losses == pytest.approx(losses, rel=1e-5), f"stage {stage}"
-        assert stage_weights.keys() == weights.keys()
+    first, *_ = run_ranks(train_in_every_layout, world_size, 4)
+    assert first.keys() == LAYOUTS.keys()
+    for layout, (found, (found_weights, found_averaged)) in first.items():
+        assert found == pytest.approx(losses, rel=1e-5), layout
+        assert found_weights.keys() == weights.keys()
         for name, tensor in weights.items():
-            torch.testing.assert_close(stage_weights[name], tensor, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found_weights[name], tensor, rtol=1e-4, atol=1e-6)
         for name, tensor in averaged.items():
-            torch.testing.assert_close(stage_averaged[name], tensor, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found_averaged[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
-    for results in run_ranks(spoil_all_stages, 2):
-        for stage, (norm, same, loss, clean_loss, next_norm, clean_norm) in results.items():
-            assert not math.isfinite(norm), f"stage {stage}"
-            assert same, f"stage {stage}: weights or moments moved"
-            assert loss == clean_loss and next_norm == clean_norm, f"stage {stage}: left over"
+    for results in run_ranks(spoil_in_every_layout, 2):
+        for layout, (norm, same, loss, clean_loss, next_norm, clean_norm) in results.items():
+            assert not math.isfinite(norm), layout
+            assert same, f"{layout}: weights or moments moved"
+            assert loss == clean_loss and next_norm == clean_norm, f"{layout}: left over"
+
+
+@pytest.mark.parametrize(
+    ("offload", "stage", "message"),
+    [
+        ("optimizer", 0, "offload 'optimizer' needs a zero_stage of at least 1, and it is 0"),
+        ("all", 2, "offload 'all' needs a zero_stage of at least 3, and it is 2"),
+    ],
+)
+def test_what_a_stage_cannot_offload_is_refused(offload: str, stage: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        section(offload=offload, zero_stage=stage)
 
 
 def test_schedule_is_a_function_of_the_step() -> None:

@@ -20,6 +20,17 @@ from pipeline.detectors.interface import (
 )
 
 NUM_CATEGORIES = 7
+LAYOUTS = {
+    "0": {"zero_stage": 0},
+    "1": {"zero_stage": 1},
+    "2": {"zero_stage": 2},
+    "3": {"zero_stage": 3},
+    "1 optimizer": {"zero_stage": 1, "offload": "optimizer"},
+    "2 optimizer": {"zero_stage": 2, "offload": "optimizer"},
+    "3 optimizer": {"zero_stage": 3, "offload": "optimizer"},
+    "3 all": {"zero_stage": 3, "offload": "all"},
+}
+"""Every way in which the engine lays out what trains: stage of ZeRO, and what is offloaded."""
 
 
 class ToyDetector(nn.Module):

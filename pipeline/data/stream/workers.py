@@ -61,6 +61,15 @@ class Ahead:
     num_bytes: int = 0
     held: int = 0
 
+    def tasks_of_each(self, workers: int) -> int:
+        """Tasks that each of so many processes has been given and not brought back."""
+        return max(2, -(-2 * self.readings // workers))
+
+    def num_slabs(self, workers: int) -> int:
+        """Slabs that readings are in: of those that are made, of those in use, and of as many that
+        are let go late."""
+        return self.tasks_of_each(workers) * workers + 2 * self.readings + self.held + 1
+
 
 @dataclass(frozen=True)
 class _Task(Generic[Job]):
@@ -121,14 +130,12 @@ def _read_in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     last = -1
-    prefetch = max(2, -(-2 * ahead.readings // workers))
-    # Of the readings that are made, of those in use, and of as many that are let go late.
-    used = 2 * ahead.readings + ahead.held + 1
-    slabs = Slabs(prefetch * workers + used, ahead.num_bytes)
+    given = ahead.tasks_of_each(workers) * workers
+    slabs = Slabs(ahead.num_slabs(workers), ahead.num_bytes)
     tasks = _tasks(jobs, missing, workers, ahead.fetches, slabs)
     pool = [_Worker(context, reader, slabs) for _ in range(workers)]
     try:
-        for task in islice(tasks, prefetch * workers):
+        for task in islice(tasks, given):
             pool[task.number % workers].send(task)
             last = task.number
         for number in count():
