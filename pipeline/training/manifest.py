@@ -238,7 +238,7 @@ def unfinished(path: Path) -> Path:
 
 
 def keep_newest(run_dir: Path, count: int, saved: Path | None = None) -> None:
-    """Remove all but the `count` newest checkpoints, and saves that did not finish.
+    """Remove all but the `count` newest checkpoints, and what is unfinished.
 
     Those that wait for their evaluation stay; those of later steps than `saved` go.
     """
@@ -253,6 +253,11 @@ def keep_newest(run_dir: Path, count: int, saved: Path | None = None) -> None:
     for directory in checkpoints[:-count]:
         if directory not in waiting:
             _discard(directory)
+    remove_unfinished(run_dir)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what saves and removals left that were killed; for who holds the run directory."""
     for pattern in (".step_*.tmp", "step_*.tmp"):
         for leftover in checkpoints_dir(run_dir).glob(pattern):
             shutil.rmtree(leftover)
