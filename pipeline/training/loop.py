@@ -20,7 +20,7 @@ from pipeline.data.shards.preparing import load_index, shards_url
 from pipeline.data.stream.batches import StepBatches, Stream
 from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.detectors.interface import LossContext
-from pipeline.errors import LongtailError, RecipeError, StopRequested
+from pipeline.errors import LongtailError, StopRequested
 from pipeline.progress import Progress as ProgressBar
 from pipeline.recipe import Recipe
 from pipeline.semantics.soft_labels import SoftLabels
