@@ -3,7 +3,7 @@
     python benchmarks/faults.py --work runs/faults                       # every fault, then a table
     python benchmarks/faults.py --work runs/faults --only sigterm disk_full
     python benchmarks/faults.py --work runs/faults --soak --kills 20 --seed 0
-    python benchmarks/faults.py --work runs/faults --report              # the table of what is there
+    python benchmarks/faults.py --work runs/faults --report    # the table of what is there
 
 Each fault gets a training of its own, beside one that is left alone. Lost and repeated samples are
 those of the steps that counted, by the runs' own ledgers (`logging.samples`), against the ledger of
