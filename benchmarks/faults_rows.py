@@ -16,8 +16,6 @@ from faults_trial import EVALUATION, HERE, TEACHER, WORKER, NotAvailable, Trial
 from pipeline.recipe import Cluster
 from pipeline.training.manifest import list_checkpoints, newest_verified
 
-AT_STEP = 10
-"""After which step a fault comes: in mid-training, two steps after a checkpoint."""
 HANG_TIMEOUT_S = 30
 OUTAGE_S = 60.0
 FULL_S = 12.0
@@ -32,7 +30,7 @@ def kill_worker(trial: Trial, rank: int = 1) -> None:
 
 def worker_killed(trial: Trial) -> bool:
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     back = trial.recovery()
     kill_worker(trial)
     back()
@@ -41,13 +39,13 @@ def worker_killed(trial: Trial) -> bool:
 
 def driver_killed(trial: Trial) -> bool:
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     return again(trial, signal.SIGKILL)
 
 
 def sigterm(trial: Trial) -> bool:
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     survived = again(trial, signal.SIGTERM)
     assert trial.exit_codes[0] == 75, trial.exit_codes
     return survived
@@ -68,7 +66,7 @@ def rank_hangs(trial: Trial) -> bool:
         raise NotAvailable("this version has no cluster.hang_timeout")
     trial.overrides.append(f"cluster.hang_timeout={HANG_TIMEOUT_S}")
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
     stopped = trial.processes(WORKER)[1]
     back = trial.recovery()
@@ -86,19 +84,19 @@ def nan_loss(trial: Trial) -> bool:
     """The loss of one step is NaN; a worker is killed after it, and the step is done again."""
     fault = {
         "PYTHONPATH": os.pathsep.join([str(HERE / "faults_nan"), os.environ.get("PYTHONPATH", "")]),
-        "LONGTAIL_NAN_STEP": str(AT_STEP - 1),
+        "LONGTAIL_NAN_STEP": str(trial.middle - 1),
     }
-    trial.reference = Trial(trial.work, f"{trial.recipe.name}_alone", trial.overrides[3:])
+    trial.reference = Trial(trial.work, f"{trial.name}_alone", trial.overrides[3:])
     for one in (trial.reference, trial):
         one.environment |= fault
     assert trial.reference.finish(1), "the run that only has the NaN"
     trial.reference.close()
     worker_killed_again = worker_killed(trial)
-    found = sorted((trial.recipe.run_dir / "not_finite").iterdir())
-    assert [path.name for path in found] == [f"step_{AT_STEP:08d}.json"], found
+    found = sorted((trial.run_dir / "not_finite").iterdir())
+    assert [path.name for path in found] == [f"step_{trial.middle:08d}.json"], found
     trial.notes.append(
-        f"step {AT_STEP} is left out, its samples are in {found[0].name}; equal to a run with the "
-        "same NaN and no kill"
+        f"step {trial.middle} is left out, its samples are in {found[0].name}; equal to a run with "
+        "the same NaN and no kill"
     )
     return worker_killed_again
 
@@ -106,7 +104,7 @@ def nan_loss(trial: Trial) -> bool:
 def out_of_memory(trial: Trial) -> bool:
     """SIGKILL to the process that holds the most, which is what the kernel does."""
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
     back = trial.recovery()
     max(trial.processes(WORKER), key=lambda process: process.memory_info().rss).kill()
@@ -117,14 +115,14 @@ def out_of_memory(trial: Trial) -> bool:
 
 def half_written(trial: Trial) -> bool:
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     kill_in_save(trial)
     return trial.finish()
 
 
 def kill_in_save(trial: Trial) -> None:
     """SIGKILL to both workers while a checkpoint is on its way; returns at the next new step."""
-    folder = trial.recipe.run_dir / "checkpoints"
+    folder = trial.run_dir / "checkpoints"
     while True:
         trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
         workers = trial.processes(WORKER)
@@ -152,11 +150,11 @@ def _spin(what: str, condition: Callable[[], bool], trial: Trial) -> None:
 
 def damaged_newest(trial: Trial) -> bool:
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     back = trial.recovery()
     trial.process.send_signal(signal.SIGTERM)
     assert trial.end() == 75
-    weights = newest_verified(trial.recipe.run_dir) / "weights.safetensors"
+    weights = newest_verified(trial.run_dir) / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
@@ -168,14 +166,14 @@ def damaged_newest(trial: Trial) -> bool:
 
 def disk_full(trial: Trial) -> bool:
     """A small file system is filled up to the last byte, and emptied some seconds after."""
-    run_dir = trial.recipe.run_dir
+    run_dir = trial.run_dir
     run_dir.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "none", str(run_dir)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         raise NotAvailable("a small file system takes root and a kernel that mounts tmpfs")
     trial.mounted = run_dir
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     before = [path.name for path in list_checkpoints(run_dir)]
     back = trial.recovery(restarts=False)
     filler = run_dir / "filler"
@@ -196,7 +194,7 @@ def _with_store(trial: Trial, fault: Callable[[Store], float]) -> bool:
     with Store(trial.work / "world" / "shards") as store:
         trial.overrides += [f"data.shards={store.url}", "data.reading.how=ranges"]
         trial.start()
-        trial.wait_for_step(AT_STEP)
+        trial.wait_for_step(trial.middle)
         back = trial.recovery(restarts=False)
         seconds = fault(store)
         back()
@@ -239,7 +237,7 @@ def store_gone(trial: Trial) -> bool:
 def teacher_lost(trial: Trial) -> bool:
     trial.overrides.append("teacher.placement=pool")
     trial.start()
-    trial.wait_for_step(AT_STEP)
+    trial.wait_for_step(trial.middle)
     trial.wait("a teacher", lambda: trial.processes(TEACHER))
     back = trial.recovery(restarts=False)
     trial.processes(TEACHER)[0].kill()
@@ -256,7 +254,7 @@ def evaluation_lost(trial: Trial) -> bool:
     back()
     survived = trial.finish()
     assert "failed, trying again" in trial.log.read_text()
-    done = (trial.recipe.run_dir / "metrics.jsonl").read_text().count('"event": "evaluation"')
+    done = (trial.run_dir / "metrics.jsonl").read_text().count('"event": "evaluation"')
     steps = (trial.recipe.training.steps - 1) // 8
     assert done == steps, f"{done} evaluations of {steps}"
     trial.notes.append(f"training did not stop; all {steps} evaluations were done")
@@ -269,7 +267,7 @@ def node_lost(trial: Trial) -> bool:
         trial.overrides.append(f"cluster.address={nodes.address}")
         trial.environment["RAY_AUTH_TOKEN"] = nodes.token
         trial.start()
-        trial.wait_for_step(AT_STEP)
+        trial.wait_for_step(trial.middle)
         back = trial.recovery()
         nodes.lose()
         nodes.add()

@@ -20,7 +20,7 @@ def soak(
     steps = 3 * kills
     common = [*overrides, f"training.steps={steps}", "training.checkpoint_every=2"]
     undisturbed = Trial(work, f"soak_undisturbed_{steps}", common)
-    if not undisturbed.recipe.run_dir.exists():
+    if not undisturbed.run_dir.exists():
         say(f"the undisturbed training of {steps} steps")
     assert undisturbed.finish(1), f"see {undisturbed.log}"
     # Each kind as often as the others, in an order and at steps that are drawn.

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "faults.yaml"
 PATIENCE_S = 900.0
 """Only what hangs takes so many seconds, on a machine that others use too."""
-LOOK_S = 0.02
+LOOK_S = 0.05
 WORKER, TEACHER, EVALUATION = "ray::RayTrainWorker", "ray::TeacherActor", "ray::_call_quietly"
 """What the command lines of Ray's processes begin with."""
 
@@ -34,7 +34,7 @@ class Trial:
     """`longtail train` on the recipe with overrides, in a run directory of its own."""
 
     def __init__(self, work: Path, name: str, overrides: Sequence[str] = ()) -> None:
-        self.work = work
+        self.work, self.name = work, name
         self.overrides = [
             f"data.root={work / 'world'}", f"output={work / 'runs'}", f"name={name}", *overrides,
         ]  # fmt: skip
@@ -54,9 +54,19 @@ class Trial:
         return load_recipe(RECIPE, self.overrides)
 
     @property
+    def run_dir(self) -> Path:
+        """The run directory, known without reading the recipe."""
+        return self.work / "runs" / self.name
+
+    @property
+    def middle(self) -> int:
+        """The step after which a fault comes, in mid-training."""
+        return self.recipe.training.steps * 5 // 12
+
+    @property
     def log(self) -> Path:
         """What the commands print."""
-        return self.work / "logs" / f"{self.recipe.name}.log"
+        return self.work / "logs" / f"{self.name}.log"
 
     def start(self) -> None:
         """Give the command, the same each time."""
@@ -84,7 +94,7 @@ class Trial:
 
     def steps(self) -> list[tuple[int, int]]:
         """(attempt, step) of each line that the first rank has written."""
-        path = self.recipe.run_dir / "samples_rank0.jsonl"
+        path = self.run_dir / "samples_rank0.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         found = []
         for line in lines:
@@ -136,8 +146,7 @@ class Trial:
 
     def result(self) -> Manifest:
         """The verified last checkpoint."""
-        recipe = self.recipe
-        return verify(checkpoint_dir(recipe.run_dir, recipe.training.steps))
+        return verify(checkpoint_dir(self.run_dir, self.recipe.training.steps))
 
     def close(self) -> None:
         """End what is left of the command; Ray's processes follow it."""
@@ -171,8 +180,8 @@ def _signals_as_usual() -> None:
 
 def figures(trial: Trial, undisturbed: Trial, survived: bool) -> dict[str, object]:
     """A row of the table: what the run's ledger and last checkpoint say beside the undisturbed."""
-    ledger = read_samples(trial.recipe.run_dir)
-    reference = read_samples(undisturbed.recipe.run_dir)
+    ledger = read_samples(trial.run_dir)
+    reference = read_samples(undisturbed.run_dir)
     files = trial.result().files if survived else {}
     return {
         "survived": survived,

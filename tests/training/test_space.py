@@ -109,7 +109,7 @@ def test_a_quota_counts_as_a_full_disk_and_other_errors_do_not(
         tries.append(number)
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(StorageError, match="no space left: .*x needs 2.0 MB") as caught:
+    with pytest.raises(StorageError, match=r"no space left: .*x needs 2\.0 MB") as caught:
         with_room(tmp_path / "x", 2_000_000, lambda: refuse(number))
     assert len(tries) == 3 and caught.value.exit_code == 74
     with pytest.raises(PermissionError):
