@@ -143,9 +143,10 @@ def kill_in_save(trial: Trial) -> None:
 
 
 def _spin(what: str, condition: Callable[[], bool], trial: Trial) -> None:
-    """As `Trial.wait`, without a pause: a save of so small a model takes milliseconds."""
+    """As `Trial.wait`, looking more often: a save of so small a model takes milliseconds."""
     while not condition():
         assert trial.process.poll() is None, f"ended before {what}"
+        time.sleep(0.0005)
 
 
 def damaged_newest(trial: Trial) -> bool:
