@@ -70,7 +70,7 @@ def _node(trial: Trial) -> None:
     for process in trial.process.children(recursive=True):
         if process.name() == "raylet":
             process.kill()
-    trial.end()
+    trial.end(300.0)
     trial.start()
     back()
 

@@ -74,10 +74,15 @@ class Trial:
         self.process = run_longtail("train", self.overrides, self.log, self.environment)
         self.commands += 1
 
-    def end(self) -> int:
-        """Wait for the command's end; its exit code."""
+    def end(self, patience_s: float = PATIENCE_S) -> int:
+        """Wait for the command's end, and end it when that does not come; its exit code."""
         assert self.process is not None
-        code = int(self.process.wait(timeout=PATIENCE_S))
+        try:
+            code = int(self.process.wait(timeout=patience_s))
+        except psutil.TimeoutExpired:
+            self.notes.append(f"the command had not ended after {patience_s:.0f} s and was killed")
+            self.close()
+            code = int(self.process.wait())
         self.exit_codes.append(code)
         return code
 

@@ -5,7 +5,7 @@ step is done again, and so does this one.
 """
 
 import importlib.abc
-import importlib.machinery
+import importlib.util
 import os
 import sys
 
