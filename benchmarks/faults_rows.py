@@ -269,12 +269,11 @@ def node_lost(trial: Trial) -> bool:
         trial.environment["RAY_AUTH_TOKEN"] = nodes.token
         trial.start()
         trial.wait_for_step(trial.middle)
-        back = trial.recovery()
+        back = trial.recovery(again=True)
         nodes.lose()
         nodes.add()
-        survived = trial.finish()
         back()
-        return survived
+        return trial.finish()
 
 
 def unmount(trial: Trial) -> None:

@@ -22,6 +22,8 @@ RECIPE = HERE / "faults.yaml"
 PATIENCE_S = 900.0
 """Only what hangs takes so many seconds, on a machine that others use too."""
 LOOK_S = 0.05
+MOST_COMMANDS = 4
+"""How often the same command is given before a fault counts as not survived."""
 WORKER, TEACHER, EVALUATION = "ray::RayTrainWorker", "ray::TeacherActor", "ray::_call_quietly"
 """What the command lines of Ray's processes begin with."""
 
@@ -86,7 +88,7 @@ class Trial:
         self.exit_codes.append(code)
         return code
 
-    def finish(self, most: int = 4) -> bool:
+    def finish(self, most: int = MOST_COMMANDS) -> bool:
         """Give the command until it ends with 0; whether it has, of at most `most` times."""
         while True:
             if self.process is None:
@@ -132,10 +134,12 @@ class Trial:
                     found.append(process)
         return found
 
-    def recovery(self, *, restarts: bool = True) -> Callable[[], None]:
-        """Call it when the fault is in: it returns at the first new step, and keeps the seconds.
+    def recovery(self, *, restarts: bool = True, again: bool = False) -> Callable[[], None]:
+        """Call it just before the fault; what it gives returns at the first new step, and keeps
+        the seconds.
 
-        With `restarts` that is one of a later attempt than now, else the next that is written.
+        With `restarts` that is a step of a later attempt than now, else the next that is written.
+        With `again` the command is given once more where it ends before.
         """
         begun, before = time.monotonic(), self.steps()
 
@@ -143,8 +147,14 @@ class Trial:
             now = self.steps()
             return now[-1][0] > before[-1][0] if restarts else len(now) > len(before)
 
+        def is_back_or_begun_again() -> bool:
+            if again and self.process.poll() is not None and self.commands < MOST_COMMANDS:
+                self.end()
+                self.start()
+            return is_back()
+
         def wait() -> None:
-            self.wait("the first new step", is_back)
+            self.wait("the first new step", is_back_or_begun_again)
             self.seconds.append(time.monotonic() - begun)
 
         return wait
