@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from faults_rows import ROWS, unmount
+from faults_rows import ROWS
 from faults_soak import soak
+from faults_storage import unmount
 from faults_trial import NotAvailable, Trial, figures, run_longtail
 
 from pipeline.training.manifest import newest_verified, read_manifest, write_atomically

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from faults_rows import kill_in_save, kill_worker
+from faults_processes import kill_worker
+from faults_storage import kill_in_save
 from faults_trial import TEACHER, Trial, figures
 
 KINDS = {"worker": 6, "save": 5, "teacher": 4, "driver": 3, "node": 2}

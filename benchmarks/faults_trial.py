@@ -154,7 +154,7 @@ class Trial:
             return is_back()
 
         def wait() -> None:
-            self.wait("the first new step", is_back_or_begun_again)
+            self.wait("the first new step", is_back_or_begun_again, running=not again)
             self.seconds.append(time.monotonic() - begun)
 
         return wait
