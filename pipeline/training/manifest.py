@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
+from pipeline.training.space import with_room
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def publish(
         for path in sorted(partial.iterdir()):
             _flush(path)
             manifest.files[path.name] = file_digest(path)
-        write_atomically(partial / MANIFEST, manifest.to_json())
+        _write_whole(partial / MANIFEST, manifest.to_json())
         _flush(partial)
         if replace and directory.exists():
             _discard(directory)
@@ -284,7 +285,14 @@ def _request(directory: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file: the old one or the new one is there at any time, never a part."""
+    """Write a small file: the old one or the new one is there at any time, never a part.
+
+    On a full disk see `with_room`.
+    """
+    with_room(path, len(text), lambda: _write_whole(path, text))
+
+
+def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import write_atomically
 from pipeline.training.sinks import open_sinks
-from pipeline.training.space import append_line
+from pipeline.training.space import append_line, with_room
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ def _read_offset(run_dir: Path) -> int:
 
 
 def _write_offset(run_dir: Path, offset: int) -> None:
-    partial = run_dir / f"{_PASSED_ON}.tmp"
-    partial.write_text(str(offset))
+    partial, text = run_dir / f"{_PASSED_ON}.tmp", str(offset)
+    with_room(partial, len(text), lambda: partial.write_text(text))
     partial.replace(run_dir / _PASSED_ON)
 
 

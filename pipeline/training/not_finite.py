@@ -10,7 +10,6 @@ from pipeline.errors import RecipeError
 from pipeline.training.agreement import gather_strings, on_first_rank
 from pipeline.training.log import RunLog
 from pipeline.training.manifest import write_atomically
-from pipeline.training.space import with_room
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,7 @@ def report_skipped(
 
     def write() -> None:
         path.parent.mkdir(exist_ok=True)
-        text = json.dumps(tree, indent=1)
-        with_room(path, len(text), lambda: write_atomically(path, text))
+        write_atomically(path, json.dumps(tree, indent=1))
 
     on_first_rank(write)
     cause = "by their loss" if found else "by a gradient, so any of the batch"

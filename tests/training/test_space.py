@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_checkpoint import save_steps
+from test_checkpoint import make_recipe, save_steps
 from toy_student import run_ranks
 
 from pipeline.errors import StorageError
 from pipeline.training import space
 from pipeline.training.agreement import on_first_rank
 from pipeline.training.checkpoint import load_state
-from pipeline.training.manifest import newest_verified, verify
-from pipeline.training.metrics import append_event
+from pipeline.training.manifest import newest_verified, verify, write_atomically
+from pipeline.training.metrics import SinkFeed, append_event
 from pipeline.training.space import append_line, with_room
 
 
@@ -87,6 +87,19 @@ def test_lines_of_the_log_wait_for_room_and_are_whole(small_disk: Path) -> None:
     room.join()
     first, second = (small_disk / "metrics.jsonl").read_text().splitlines()
     assert first.startswith('{"event": "step"') and second == line
+
+
+def test_a_run_that_writes_its_small_files_waits_for_room(small_disk: Path) -> None:
+    recipe = make_recipe(small_disk, logging={"tensorboard": False})
+    recipe.run_dir.mkdir()
+    feed = SinkFeed(recipe)
+    append_event(recipe.run_dir, "step", 1, {"loss": 1.0})
+    for write in (feed.pass_on, lambda: write_atomically(recipe.run_dir / "x", "y" * 5000)):
+        room = threading.Timer(0.3, fill(small_disk).unlink)
+        room.start()
+        write()
+        room.join()
+    assert (recipe.run_dir / "x").read_text() == "y" * 5000
 
 
 def test_a_line_comes_after_one_that_a_kill_cut_short(tmp_path: Path) -> None:
