@@ -108,11 +108,16 @@ def teacher_lost(trial: Trial) -> bool:
     trial.overrides.append("teacher.placement=pool")
     trial.start()
     trial.wait_for_step(trial.middle)
+    kill_teacher(trial)
+    return trial.finish()
+
+
+def kill_teacher(trial: Trial) -> None:
+    """SIGKILL to the one teacher actor; returns at the first step whose labels it had not made."""
     trial.wait("a teacher", lambda: trial.processes(TEACHER))
-    back = trial.recovery(restarts=False)
+    back = trial.recovery(restarts=False, under_way=1 + trial.recipe.teacher.batches_ahead)
     trial.processes(TEACHER)[0].kill()
     back()
-    return trial.finish()
 
 
 def evaluation_lost(trial: Trial) -> bool:

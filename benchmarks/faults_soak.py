@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from faults_processes import kill_worker
+from faults_processes import kill_teacher, kill_worker
 from faults_storage import kill_in_save
-from faults_trial import TEACHER, Trial, figures
+from faults_trial import Trial, figures
 
 KINDS = {"worker": 6, "save": 5, "teacher": 4, "driver": 3, "node": 2}
 """How often of 20: what dies most on clusters, most often."""
@@ -28,7 +28,7 @@ def soak(
     bag = [kind for kind, number in KINDS.items() for _ in range(number)]
     kinds = [kind for _ in range(-(-kills // len(bag))) for kind in rng.sample(bag, len(bag))]
     kinds = kinds[:kills]
-    at_steps = sorted(rng.sample(range(2, steps - 3), kills))
+    at_steps = sorted(rng.sample(range(2, steps - 6), kills))
     name = f"soak_{seed}"
     while (work / "runs" / name).exists():
         name += "x"
@@ -76,17 +76,10 @@ def _node(trial: Trial) -> None:
     back()
 
 
-def _teacher(trial: Trial) -> None:
-    trial.wait("a teacher", lambda: trial.processes(TEACHER))
-    back = trial.recovery(restarts=False)
-    trial.processes(TEACHER)[0].kill()
-    back()
-
-
 KILL = {
     "worker": _worker,
     "driver": _driver,
     "node": _node,
-    "teacher": _teacher,
+    "teacher": kill_teacher,
     "save": kill_in_save,
 }

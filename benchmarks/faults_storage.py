@@ -80,7 +80,6 @@ def disk_full(trial: Trial) -> bool:
     trial.start()
     trial.wait_for_step(trial.middle)
     before = [path.name for path in list_checkpoints(run_dir)]
-    back = trial.recovery(restarts=False)
     filler = run_dir / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -89,54 +88,47 @@ def disk_full(trial: Trial) -> bool:
     time.sleep(FULL_S)
     assert [path.name for path in list_checkpoints(run_dir)] == before
     assert newest_verified(run_dir).name == before[-1]
+    back = trial.recovery(restarts=False)
     filler.unlink()
     back()
-    trial.notes.append(f"full for {FULL_S:.0f} s and more; {', '.join(before)} stayed whole")
+    trial.notes.append(
+        f"full for {FULL_S:.0f} s and more; {', '.join(before)} stayed whole; seconds are from its "
+        "end, the wait under way included"
+    )
     return trial.finish()
 
 
-def _with_store(trial: Trial, fault: Callable[[Store], float]) -> bool:
+def _with_store(trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]) -> bool:
+    """Shards come from a store in which a fault begins and, a while later, ends."""
     with Store(trial.work / "world" / "shards") as store:
         trial.overrides += [f"data.shards={store.url}", "data.reading.how=ranges"]
         trial.start()
         trial.wait_for_step(trial.middle)
+        begin(store)
+        time.sleep(OUTAGE_S)
         back = trial.recovery(restarts=False)
-        seconds = fault(store)
+        end(store)
         back()
-        trial.seconds[-1] -= seconds
-        trial.notes.append(f"{store.requests} requests, {store.failed} of them failed")
+        trial.notes.append(
+            f"for {OUTAGE_S:.0f} s, and seconds are from its end; {store.failed} of "
+            f"{store.requests} requests failed"
+        )
         return trial.finish()
 
 
 def store_slow(trial: Trial) -> bool:
-    def fault(store: Store) -> float:
-        store.latency = 3.0
-        trial.notes.append("each answer after 3 s, to the end")
-        return 0.0
-
-    return _with_store(trial, fault)
+    """Each answer comes after three seconds."""
+    return _with_store(trial, lambda store: store.be_slow(3.0), lambda store: store.be_slow(0.0))
 
 
 def store_errors(trial: Trial) -> bool:
-    def fault(store: Store) -> float:
-        trial.notes.append(f"every answer is 500 for {OUTAGE_S / 3:.0f} s")
-        store.status = 500
-        time.sleep(OUTAGE_S / 3)
-        store.status = None
-        return OUTAGE_S / 3
-
-    return _with_store(trial, fault)
+    """Every answer is 500."""
+    return _with_store(trial, lambda store: store.answer_with(500), Store.answer_files)
 
 
 def store_gone(trial: Trial) -> bool:
-    def fault(store: Store) -> float:
-        trial.notes.append(f"nobody listens for {OUTAGE_S:.0f} s; seconds are from its end")
-        store.leave()
-        time.sleep(OUTAGE_S)
-        store.come_back()
-        return OUTAGE_S
-
-    return _with_store(trial, fault)
+    """Nobody listens."""
+    return _with_store(trial, Store.leave, Store.come_back)
 
 
 def unmount(trial: Trial) -> None:

@@ -15,14 +15,11 @@ class _Server(ThreadingHTTPServer):
 
 
 class Store:
-    """Serves files and ranges of them under `folder` on one port of the loopback address.
-
-    `latency` seconds pass before each answer; `status` is answered in place of all files.
-    """
+    """Serves files and ranges of them under `folder` on one port of the loopback address."""
 
     def __init__(self, folder: Path) -> None:
-        self.latency = 0.0
-        self.status: int | None = None
+        self._latency = 0.0
+        self._status: int | None = None
         self.requests, self.failed = 0, 0
         store = self
 
@@ -37,14 +34,14 @@ class Store:
 
             def do_GET(self) -> None:
                 store.requests += 1
-                time.sleep(store.latency)
+                time.sleep(store._latency)
                 path = folder / self.path.lstrip("/")
                 if store._server is None:
                     store.failed += 1
                     self.close_connection = True
-                elif store.status is not None:
+                elif store._status is not None:
                     store.failed += 1
-                    self.answer(store.status)
+                    self.answer(store._status)
                 elif not path.is_file():
                     self.answer(404)
                 else:
@@ -76,6 +73,18 @@ class Store:
         self._server: _Server | None = None
         self.come_back()
         self.url = f"http://127.0.0.1:{self._port}"
+
+    def be_slow(self, seconds: float) -> None:
+        """Let so much time pass before each answer."""
+        self._latency = seconds
+
+    def answer_with(self, status: int) -> None:
+        """Answer with a status in place of all files."""
+        self._status = status
+
+    def answer_files(self) -> None:
+        """Answer with files again."""
+        self._status = None
 
     def come_back(self) -> None:
         """Listen, on the same port as before."""

@@ -134,18 +134,21 @@ class Trial:
                     found.append(process)
         return found
 
-    def recovery(self, *, restarts: bool = True, again: bool = False) -> Callable[[], None]:
+    def recovery(
+        self, *, restarts: bool = True, under_way: int = 1, again: bool = False
+    ) -> Callable[[], None]:
         """Call it just before the fault; what it gives returns at the first new step, and keeps
         the seconds.
 
-        With `restarts` that is a step of a later attempt than now, else the next that is written.
-        With `again` the command is given once more where it ends before.
+        With `restarts` that is a step of a later attempt than now, else the one after those that
+        have their data already, `under_way` of them. With `again` the command is given once more
+        where it ends before.
         """
         begun, before = time.monotonic(), self.steps()
 
         def is_back() -> bool:
             now = self.steps()
-            return now[-1][0] > before[-1][0] if restarts else len(now) > len(before)
+            return now[-1][0] > before[-1][0] if restarts else len(now) > len(before) + under_way
 
         def is_back_or_begun_again() -> bool:
             if again and self.process.poll() is not None and self.commands < MOST_COMMANDS:
