@@ -1,11 +1,11 @@
 """Faults of checkpoints, disks and object stores, for `faults.py`."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from faults_store import Store
 from faults_trial import WORKER, NotAvailable, Trial
@@ -15,6 +15,7 @@ from pipeline.training.manifest import list_checkpoints, newest_verified
 OUTAGE_S = 60.0
 FULL_S = 12.0
 DISK_MB = 24
+LEFT_BYTES = 200_000
 
 
 def half_written(trial: Trial) -> bool:
@@ -70,7 +71,7 @@ def damaged_newest(trial: Trial) -> bool:
 
 
 def disk_full(trial: Trial) -> bool:
-    """A small file system is filled up to the last byte, and emptied some seconds after."""
+    """A small file system has room for lines of the log and not for a checkpoint, for a while."""
     run_dir = trial.run_dir
     run_dir.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "none", str(run_dir)]
@@ -81,10 +82,8 @@ def disk_full(trial: Trial) -> bool:
     trial.wait_for_step(trial.middle)
     before = [path.name for path in list_checkpoints(run_dir)]
     filler = run_dir / "filler"
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    trial.wait("the log line", lambda: b"no space left" in trial.log.read_bytes())
+    filler.write_bytes(bytes(shutil.disk_usage(run_dir).free - LEFT_BYTES))
+    trial.wait("the log line", lambda: b"no space left: " in trial.log.read_bytes())
     time.sleep(FULL_S)
     assert [path.name for path in list_checkpoints(run_dir)] == before
     assert newest_verified(run_dir).name == before[-1]
