@@ -19,7 +19,7 @@ def soak(
 ) -> dict[str, object]:
     """`kills` kills at steps and of kinds that follow from `seed`; figures as of a row."""
     rng = random.Random(seed)
-    steps = 3 * kills
+    steps = 3 * kills + 8
     common = [*overrides, f"training.steps={steps}", "training.checkpoint_every=2"]
     undisturbed = Trial(work, f"soak_undisturbed_{steps}", common)
     if not undisturbed.run_dir.exists():
