@@ -10,7 +10,8 @@ from faults_trial import EVALUATION, HERE, TEACHER, WORKER, NotAvailable, Trial
 
 from pipeline.recipe import Cluster
 
-HANG_TIMEOUT_S = 30
+HANG_TIMEOUT_S = 90
+"""Longer than the start of a worker takes where others use the machine too."""
 
 
 def kill_worker(trial: Trial, rank: int = 1) -> None:
