@@ -86,6 +86,8 @@ class Logging(Section):
     """Where figures go besides metrics.jsonl; `wandb` and `trackio` name a project there."""
 
     tensorboard: bool = True
+    samples: bool = False
+    """Enter what each step consumed into samples_rankN.jsonl: docs/reliability.md."""
     wandb: str | None = None
     trackio: str | None = None
 

@@ -41,9 +41,11 @@ from pipeline.training.manifest import (
     newest_verified,
     publish,
     read_manifest,
+    remove_unfinished,
     unfinished,
     verify,
 )
+from pipeline.training.space import error_of_library, with_room
 from pipeline.training.student import DETECTOR_PREFIX, export_state
 
 logger = logging.getLogger(__name__)
@@ -138,7 +140,13 @@ def save(
         if state.averaged:
             _write_tensors(partial / AVERAGED, state.averaged)
 
-    publish(directory, manifest, write, replace=True)
+    tensors = (*state.weights.values(), *state.moments.values(), *state.averaged.values())
+
+    def attempt() -> None:
+        remove_unfinished(recipe.run_dir)
+        publish(directory, manifest, write, replace=True)
+
+    with_room(directory, sum(tensor.nbytes for tensor in tensors), attempt)
     verify(directory)
     keep_newest(recipe.run_dir, recipe.training.keep_checkpoints, directory)
     return directory
@@ -366,7 +374,7 @@ def _write_tensors(
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise error_of_library(error) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from pipeline.data.shards.preparing import load_index, shards_url
 from pipeline.data.stream.batches import StepBatches, Stream
 from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.detectors.interface import LossContext
-from pipeline.errors import LongtailError, RecipeError, StopRequested
+from pipeline.errors import LongtailError, StopRequested
 from pipeline.progress import Progress as ProgressBar
 from pipeline.recipe import Recipe
 from pipeline.semantics.soft_labels import SoftLabels
@@ -28,7 +28,6 @@ from pipeline.signals import stop_signals
 from pipeline.training.agreement import (
     StepFacts,
     agree_on_step,
-    gather_strings,
     gather_unreadable,
     on_first_rank,
 )
@@ -60,7 +59,9 @@ from pipeline.training.manifest import (
     refuse_another_recipe,
     request_evaluation,
 )
+from pipeline.training.not_finite import refuse_too_many, report_skipped
 from pipeline.training.out_of_memory import memory_explained
+from pipeline.training.samples import SampleLog, open_samples
 from pipeline.training.whereabouts import here
 from pipeline.training.window import Window
 
@@ -80,6 +81,7 @@ class Run:
     stream: Stream
     engine: Engine
     soft_labels: SoftLabels | None
+    samples: SampleLog | None = None
 
 
 Evaluate = Callable[[], None]
@@ -198,7 +200,10 @@ def take_step(
     count_consumed(progress, batches, facts.labelled, run.vocabulary)
     if suspects is not None:
         progress.skipped_steps += 1
-        report_skipped(run, progress, suspects, log)
+        named, path = report_skipped(
+            recipe.run_dir, progress.step, suspects, batches.micro_batches, log
+        )
+        refuse_too_many(progress.skipped_steps, recipe.training.max_skipped_steps, named, path)
 
 
 def is_evaluated_live(recipe: Recipe, step: int) -> bool:
@@ -288,7 +293,8 @@ def start(
     engine = Engine(student, section, accumulation, state)
     counts = counted.image_counts()
     image_counts = np.array([counts[number] for number in vocabulary.ids], dtype=np.int64)
-    return Run(recipe, vocabulary, image_counts, stream, engine, soft_labels), progress
+    samples = open_samples(recipe.run_dir, progress.step) if recipe.logging.samples else None
+    return Run(recipe, vocabulary, image_counts, stream, engine, soft_labels, samples), progress
 
 
 def warn_of_another_decoder(manifest: Manifest) -> None:
@@ -345,27 +351,12 @@ def run_step(
     here.enter("step")
     norm = engine.step(batches.step)
     window.add(batches, sums, norm)
+    if run.samples is not None:
+        run.samples.write(batches.step + 1, batches.micro_batches, totals)
     if math.isfinite(norm):
         return None
     spoilt = [b for b, t in zip(batches.micro_batches, totals, strict=True) if not t.isfinite()]
     return [sample for batch in spoilt for sample in batch.sample_ids]
-
-
-def report_skipped(run: Run, progress: Progress, own: list[str], log: RunLog | None) -> None:
-    """Record the samples that spoilt a step; raises `RecipeError` after too many such steps."""
-    samples = gather_strings(own)
-    named = ", ".join(samples[:8]) or "none by its loss, some by its gradient"
-    if log is not None:
-        log.write("skipped", progress.step, {"sample_ids": samples})
-        logger.warning("step %d is left out, for it is not finite: %s", progress.step, named)
-    allowed = run.recipe.training.max_skipped_steps
-    if progress.skipped_steps > allowed:
-        raise RecipeError(
-            f"{progress.skipped_steps} steps had a loss or gradient that is not finite, more than "
-            f"training.max_skipped_steps {allowed}; samples of the last: {named} (all are in "
-            f"{run.recipe.run_dir / 'metrics.jsonl'}). Lower training.learning_rate or "
-            "training.clip_norm, or use precision float32"
-        )
 
 
 def share_unreadable(run: Run, progress: Progress, log: RunLog | None) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
+from pipeline.training.space import with_room
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def publish(
         for path in sorted(partial.iterdir()):
             _flush(path)
             manifest.files[path.name] = file_digest(path)
-        write_atomically(partial / MANIFEST, manifest.to_json())
+        _write_whole(partial / MANIFEST, manifest.to_json())
         _flush(partial)
         if replace and directory.exists():
             _discard(directory)
@@ -239,7 +240,7 @@ def unfinished(path: Path) -> Path:
 
 
 def keep_newest(run_dir: Path, count: int, saved: Path | None = None) -> None:
-    """Remove all but the `count` newest checkpoints, and saves that did not finish.
+    """Remove all but the `count` newest checkpoints, and what is unfinished.
 
     Those that wait for their evaluation stay; those of later steps than `saved` go.
     """
@@ -254,6 +255,11 @@ def keep_newest(run_dir: Path, count: int, saved: Path | None = None) -> None:
     for directory in checkpoints[:-count]:
         if directory not in waiting:
             _discard(directory)
+    remove_unfinished(run_dir)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what saves and removals left that were killed; for who holds the run directory."""
     for pattern in (".step_*.tmp", "step_*.tmp"):
         for leftover in checkpoints_dir(run_dir).glob(pattern):
             shutil.rmtree(leftover)
@@ -280,7 +286,14 @@ def _request(directory: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file: the old one or the new one is there at any time, never a part."""
+    """Write a small file: the old one or the new one is there at any time, never a part.
+
+    On a full disk see `with_room`.
+    """
+    with_room(path, len(text), lambda: _write_whole(path, text))
+
+
+def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import write_atomically
 from pipeline.training.sinks import open_sinks
+from pipeline.training.space import append_line, with_room
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,8 @@ class SinkFeed:
 
 def append_event(run_dir: Path, event: str, step: int, values: Mapping[str, Any]) -> None:
     """Append one line to metrics.jsonl, whole and at once, whoever else appends."""
-    line = json.dumps({"event": event, "step": step, **values}) + "\n"
-    with _exclusive(run_dir), (run_dir / METRICS).open("ab") as file:
-        file.write(line.encode())
+    with _exclusive(run_dir):
+        append_line(run_dir / METRICS, json.dumps({"event": event, "step": step, **values}))
 
 
 def sink_values(event: Mapping[str, Any]) -> dict[str, float]:
@@ -120,8 +120,8 @@ def _read_offset(run_dir: Path) -> int:
 
 
 def _write_offset(run_dir: Path, offset: int) -> None:
-    partial = run_dir / f"{_PASSED_ON}.tmp"
-    partial.write_text(str(offset))
+    partial, text = run_dir / f"{_PASSED_ON}.tmp", str(offset)
+    with_room(partial, len(text), lambda: partial.write_text(text))
     partial.replace(run_dir / _PASSED_ON)
 
 

@@ -86,3 +86,4 @@ def use_store(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(transient, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(transient, "PATIENCE_S", 3.0)

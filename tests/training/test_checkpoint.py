@@ -241,8 +241,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("pipeline.training.space.WAITS_S", (0.0,))
     monkeypatch.setattr("pipeline.training.checkpoint.save_file", full)
-    with pytest.raises(StorageError, match=r"No space left.*run the same command again"):
+    with pytest.raises(StorageError, match=r"no space left.*tried 2 times.*the same command again"):
         save_steps(tmp_path, 6)
     assert newest_verified(tmp_path / "run") == older
     assert [path.name for path in older.parent.iterdir()] == [older.name]

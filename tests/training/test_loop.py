@@ -208,10 +208,22 @@ def test_steps_that_are_not_finite_are_recorded_and_too_many_stop_the_run(
         return losses
 
     monkeypatch.setattr(loop.Engine, "forward", spoilt)
-    with pytest.raises(RecipeError, match="2 steps had a loss or gradient that is not finite"):
+    with pytest.raises(
+        RecipeError, match="2 steps had a loss or gradient that is not finite"
+    ) as caught:
         train_here(recipe)
     skipped = [line for line in metrics(recipe) if line["event"] == "skipped"]
     assert len(skipped) == 2 and all(line["sample_ids"] for line in skipped)
+    # Both steps have a file with their whole batch; the last is named with its samples.
+    files = sorted((recipe.run_dir / "not_finite").iterdir())
+    assert str(files[1]) in str(caught.value)
+    for line, path in zip(skipped, files, strict=True):
+        saved = json.loads(path.read_text())
+        assert path.name == f"step_{line['step']:08d}.json" and saved["step"] == line["step"]
+        assert saved["loss_not_finite"] == line["sample_ids"]
+        assert set(saved["loss_not_finite"]) <= set(saved["batch"])
+        assert len(saved["batch"]) == recipe.training.batch_size
+    assert all(sample in str(caught.value) for sample in skipped[1]["sample_ids"])
 
 
 def batch_of(*targets: Targets) -> StepBatches:

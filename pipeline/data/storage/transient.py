@@ -1,6 +1,7 @@
 """Faults of storage that pass: which they are, and trying again with longer and longer waits."""
 
 import http.client
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -8,11 +9,18 @@ from typing import TypeVar
 
 from pipeline.errors import LongtailError, StorageError
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
-TRIES = 6
+PATIENCE_S = 150.0
+"""How long after its first try a request is tried again: a store that is gone for a minute, and a
+minute more for those who come back together."""
 FIRST_WAIT_S = 0.25
-"""Before the second try; doubled before each further one, so about seven seconds in all."""
+"""Before the second try; doubled before each further one."""
+LONGEST_WAIT_S = 15.0
+_SAID_AFTER_S = 5.0
+"""From when on the log says that storage is waited for."""
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes with which a server says that the same request may succeed later."""
 _PASSING_NAMES = (
@@ -39,13 +47,15 @@ class ShortRead(OSError):  # noqa: N818 - an event, named as it is
 
 
 def persist(action: str, url: str, attempt: Callable[[], Result]) -> Result:
-    """`attempt()`, again after each passing fault of remote storage, at most `TRIES` times.
+    """`attempt()`, again after each passing fault of remote storage, for `PATIENCE_S` seconds.
 
     FileNotFoundError stays what it is, and a directory where a file should be is none; every other
     failure of storage is raised as `StorageError` with the URL, and the number of tries where there
     were several.
     """
-    for number in range(1, TRIES + 1):
+    begun, wait, said, tries = time.monotonic(), FIRST_WAIT_S, False, 0
+    while True:
+        tries += 1
         try:
             return attempt()
         except (FileNotFoundError, LongtailError):
@@ -55,14 +65,22 @@ def persist(action: str, url: str, attempt: Callable[[], Result]) -> Result:
         except Exception as error:
             if not is_storage_fault(error):
                 raise
-            passing = is_passing(error)
-            if not passing or number == TRIES:
-                tried = f" ({number} tries)" if passing else ""
+            passing, waited = is_passing(error), time.monotonic() - begun
+            if not passing or waited >= PATIENCE_S:
+                tried = f" ({tries} tries in {waited:.0f} s)" if passing else ""
                 raise StorageError(f"cannot {action} {url}{tried}: {describe(error)}") from error
-            wait = FIRST_WAIT_S * 2 ** (number - 1)
+            if waited > _SAID_AFTER_S and not said:
+                said = True
+                logger.warning(
+                    "cannot %s %s: %s; trying again for up to %.0f s more",
+                    action,
+                    url,
+                    describe(error),
+                    PATIENCE_S - waited,
+                )
             # Many readers that failed together must not come back together.
-            time.sleep(wait * random.uniform(0.5, 1.0))
-    raise AssertionError("the last try returns or raises")
+            time.sleep(min(wait * random.uniform(0.5, 1.0), PATIENCE_S - waited))
+            wait = min(2 * wait, LONGEST_WAIT_S)
 
 
 def is_storage_fault(error: Exception) -> bool:

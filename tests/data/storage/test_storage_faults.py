@@ -1,8 +1,9 @@
 """What storage does wrong: passing faults are tried again, lasting ones name the URL."""
 
 import builtins
+import logging
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from pipeline.data.storage.files import (
     read_bytes,
     read_range,
 )
+from pipeline.data.storage.transient import persist
 from pipeline.errors import RecipeError, StorageError
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     monkeypatch.setattr(transient, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(transient, "PATIENCE_S", 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(tmp_path / "web" / "file", bytes(range(256)) * 40)
     with serve(tmp_path / "web") as found:
@@ -55,13 +58,13 @@ def test_passing_faults_are_tried_again(server: FaultyServer, faults: list[int |
 def test_a_fault_that_lasts_names_the_url_and_the_tries(server: FaultyServer) -> None:
     server.forever = 503
     url = f"{server.url}/file"
-    with pytest.raises(StorageError, match=rf"cannot read {url} \(6 tries\): status 503"):
+    with pytest.raises(StorageError, match=rf"cannot read {url} \(\d+ tries in 1 s\): status 503"):
         read_bytes(url)
-    assert len(server.requests) == 6
+    assert len(server.requests) > 6
     with pytest.raises(StorageError, match=r"cannot look up .*status 503"):
         exists(url)
     server.forever = "cut"
-    with pytest.raises(StorageError, match=rf"cannot read {url} \(6 tries\)"):
+    with pytest.raises(StorageError, match=rf"cannot read {url} \(\d+ tries"):
         read_bytes(url)
 
 
@@ -83,17 +86,48 @@ def test_a_missing_file_and_a_server_fault_differ(server: FaultyServer) -> None:
         read_bytes(f"{server.url}/nothing")
 
 
-def test_waits_grow_and_vary(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
+def test_waits_grow_and_vary_and_last_for_longer_than_a_minute(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only the waits move."""
+    now, waits = [0.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
     monkeypatch.setattr(transient, "FIRST_WAIT_S", 0.25)
-    monkeypatch.setattr(time, "sleep", waits.append)
-    server.forever = 500
+    monkeypatch.setattr(transient, "PATIENCE_S", 150.0)
+    monkeypatch.setattr(transient.time, "sleep", sleep)
+    monkeypatch.setattr(transient.time, "monotonic", lambda: now[0])
+
+    def refuse() -> bytes:
+        raise ConnectionRefusedError("nobody listens")
+
     for _ in range(2):
-        with pytest.raises(StorageError):
-            read_bytes(f"{server.url}/file")
-    for k, wait in enumerate(waits[:5]):
+        with pytest.raises(StorageError, match=r"tries in 150 s\): nobody listens"):
+            persist("read", "http://x/y", refuse)
+    number = len(waits) // 2
+    for k, wait in enumerate(waits[:6]):
         assert 0.125 * 2**k <= wait <= 0.25 * 2**k
-    assert waits[:5] != waits[5:]
+    assert waits[:6] != waits[number : number + 6] and max(waits) <= 15
+    assert sum(waits) == pytest.approx(300)
+
+
+def test_a_store_that_is_gone_for_a_while_is_waited_for(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every answer is an error for a tenth of the patience; a reader says so and goes on."""
+    monkeypatch.setattr(transient, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(transient, "_SAID_AFTER_S", 0.1)
+    server.forever = 503
+    back = threading.Timer(1.0, lambda: setattr(server, "forever", None))
+    back.start()
+    with caplog.at_level(logging.WARNING):
+        assert read_range(f"{server.url}/file", 0, 100) == WHOLE[:100]
+    back.join()
+    assert len(server.requests) > 3
+    assert caplog.text.count("status 503; trying again for up to 30 s more") == 1
 
 
 def test_a_server_that_never_answers_is_given_up(
@@ -103,13 +137,13 @@ def test_a_server_that_never_answers_is_given_up(
     server.faults = ["hold"]
     assert read_range(f"{server.url}/file", 0, 100) == WHOLE[:100]
     server.forever = "hold"
-    monkeypatch.setattr(transient, "TRIES", 2)
-    with pytest.raises(StorageError, match=r"\(2 tries\): .*[Tt]imeout"):
+    monkeypatch.setattr(transient, "PATIENCE_S", 0.4)
+    with pytest.raises(StorageError, match=r"\(\d tries in 1 s\): .*[Tt]imeout"):
         read_bytes(f"{server.url}/file")
 
 
 def test_nobody_there_is_a_storage_error(server: FaultyServer) -> None:
-    with pytest.raises(StorageError, match=r"cannot read http://127.0.0.1:9/x \(6 tries\)"):
+    with pytest.raises(StorageError, match=r"cannot read http://127.0.0.1:9/x \(\d+ tries"):
         read_bytes("http://127.0.0.1:9/x")
 
 

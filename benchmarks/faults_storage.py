@@ -1,0 +1,136 @@
+"""Faults of checkpoints, disks and object stores, for `faults.py`."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+from faults_store import Store
+from faults_trial import WORKER, NotAvailable, Trial
+
+from pipeline.training.manifest import list_checkpoints, newest_verified
+
+OUTAGE_S = 60.0
+FULL_S = 12.0
+DISK_MB = 24
+LEFT_BYTES = 200_000
+
+
+def half_written(trial: Trial) -> bool:
+    trial.start()
+    trial.wait_for_step(trial.middle)
+    kill_in_save(trial)
+    return trial.finish()
+
+
+def kill_in_save(trial: Trial) -> None:
+    """SIGKILL to both workers while a checkpoint is on its way; returns at the next new step."""
+    folder = trial.run_dir / "checkpoints"
+    while True:
+        trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
+        workers = trial.processes(WORKER)
+        _spin("a save", lambda: any(folder.glob(".step_*.tmp")), trial)
+        for worker in workers:
+            worker.suspend()
+        # Stopped, so that what is seen now is what the kill leaves.
+        partial = list(folder.glob(".step_*.tmp"))
+        if partial:
+            break
+        for worker in workers:
+            worker.resume()
+    back = trial.recovery()
+    for worker in workers:
+        worker.kill()
+    trial.notes.append(f"{partial[0].name} was there, with {len(list(partial[0].iterdir()))} files")
+    back()
+
+
+def _spin(what: str, condition: Callable[[], bool], trial: Trial) -> None:
+    """As `Trial.wait`, looking more often: a save of so small a model takes milliseconds."""
+    while not condition():
+        assert trial.process.poll() is None, f"ended before {what}"
+        time.sleep(0.0005)
+
+
+def damaged_newest(trial: Trial) -> bool:
+    trial.start()
+    trial.wait_for_step(trial.middle)
+    back = trial.recovery()
+    trial.process.send_signal(signal.SIGTERM)
+    assert trial.end() == 75
+    weights = newest_verified(trial.run_dir) / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    trial.notes.append(f"one bit of {weights.parent.name} was flipped")
+    trial.start()
+    back()
+    return trial.finish()
+
+
+def disk_full(trial: Trial) -> bool:
+    """A small file system has room for lines of the log and not for a checkpoint, for a while."""
+    run_dir = trial.run_dir
+    run_dir.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "none", str(run_dir)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        raise NotAvailable("a small file system takes root and a kernel that mounts tmpfs")
+    trial.mounted = run_dir
+    trial.start()
+    trial.wait_for_step(trial.middle)
+    before = [path.name for path in list_checkpoints(run_dir)]
+    filler = run_dir / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(run_dir).free - LEFT_BYTES))
+    trial.wait("the log line", lambda: b"no space left: " in trial.log.read_bytes())
+    time.sleep(FULL_S)
+    assert [path.name for path in list_checkpoints(run_dir)] == before
+    assert newest_verified(run_dir).name == before[-1]
+    back = trial.recovery(restarts=False)
+    filler.unlink()
+    back()
+    trial.notes.append(
+        f"full for {FULL_S:.0f} s and more; {', '.join(before)} stayed whole; seconds are from its "
+        "end, the wait under way included"
+    )
+    return trial.finish()
+
+
+def _with_store(trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]) -> bool:
+    """Shards come from a store in which a fault begins and, a while later, ends."""
+    with Store(trial.work / "world" / "shards") as store:
+        trial.overrides += [f"data.shards={store.url}", "data.reading.how=ranges"]
+        trial.start()
+        trial.wait_for_step(trial.middle)
+        begin(store)
+        time.sleep(OUTAGE_S)
+        back = trial.recovery(restarts=False)
+        end(store)
+        back()
+        trial.notes.append(
+            f"for {OUTAGE_S:.0f} s, and seconds are from its end; {store.failed} of "
+            f"{store.requests} requests failed"
+        )
+        return trial.finish()
+
+
+def store_slow(trial: Trial) -> bool:
+    """Each answer comes after three seconds."""
+    return _with_store(trial, lambda store: store.be_slow(3.0), lambda store: store.be_slow(0.0))
+
+
+def store_errors(trial: Trial) -> bool:
+    """Every answer is 500."""
+    return _with_store(trial, lambda store: store.answer_with(500), Store.answer_files)
+
+
+def store_gone(trial: Trial) -> bool:
+    """Nobody listens."""
+    return _with_store(trial, Store.leave, Store.come_back)
+
+
+def unmount(trial: Trial) -> None:
+    """Let go of the small file system of `disk_full`, with the run on it."""
+    if trial.mounted is not None:
+        subprocess.run(["umount", "--lazy", str(trial.mounted)], check=False)

@@ -1,0 +1,70 @@
+"""benchmarks/faults.py: one fault end to end, and a table that says what was found."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("training.steps=12", "training.checkpoint_every=4")
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """The program as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_hides_nothing(faults) -> None:  # type: ignore[no-untyped-def]
+    good = {
+        "survived": True, "lost": 0, "repeated": 0, "redone": 2, "seconds": [5.4], "commands": 1,
+        "equal": True,
+    }  # fmt: skip
+    table = faults.markdown(
+        {
+            "worker_killed": good,
+            "sigterm": {**good, "lost": 3, "equal": False},
+            "rank_hangs": {"not_available": "no such key"},
+            "store_gone": {"survived": False, "notes": ["AssertionError"]},
+        }
+    )
+    _, _, *rows = table.splitlines()
+    assert [row.split(" | ")[1].rstrip(" |") for row in rows] == [
+        "yes", "yes", "not run: no such key", "no",
+    ]  # fmt: skip
+    assert rows[0].endswith("| 0 | 0 | 2 | 5 | 1 | yes |")
+    assert rows[1].endswith("| 3 | 0 | 2 | 5 | 1 | NO |")
+
+
+def test_every_row_stands_in_the_catalogue(faults) -> None:  # type: ignore[no-untyped-def]
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert [row.name for row in faults.ROWS if f"`{row.name}`" not in page] == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/faults.py", "--work", str(tmp_path), "--only"]
+    done = subprocess.run(
+        [*command, "worker_killed", *SMALL],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["worker_killed"]
+    assert found["survived"] and found["equal"] and found["sha256"]
+    assert found["lost"] == found["repeated"] == found["differing"] == 0 < found["redone"]
+    assert "| worker killed | yes | 0 | 0 |" in done.stdout
