@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Name who shares a worker under `pytest -n`: a file's tests, which share fixtures, and all
     files that start Ray, which takes minutes where several clusters fight for two cores."""
