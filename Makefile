@@ -15,7 +15,7 @@ quickstart: $(STAMP)
 	$(BIN)/longtail run recipes/quickstart_pretrain.yaml recipes/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest $(MARKERS) -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest $(MARKERS) -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Faults put into one small training, by `longtail train` as users run it, and what became of it.
 
     python benchmarks/faults.py --work runs/faults                       # every fault, then a table
-    python benchmarks/faults.py --work runs/faults --only sigterm disk_full
+    python benchmarks/faults.py --work runs/faults --only sigterm --only disk_full
     python benchmarks/faults.py --work runs/faults --soak --kills 20 --seed 0
     python benchmarks/faults.py --work runs/faults --report    # the table of what is there
 
@@ -111,7 +111,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], default=None)
+    parser.add_argument("--only", action="append", choices=[row.name for row in ROWS], default=None)
     parser.add_argument("--soak", action="store_true")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,17 +11,6 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Name who shares a worker under `pytest -n`: a file's tests, which share fixtures, and all
-    files that start Ray, which takes minutes where several clusters fight for two cores."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real photographs and annotations beside the checkout; absent in most places."""

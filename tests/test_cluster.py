@@ -23,7 +23,7 @@ from tiny_world import (
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, read_manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 START_S = 900
 """Only what hangs takes so many seconds: Ray, its workers and their imports on a busy machine."""

@@ -18,8 +18,6 @@ from pipeline.arguments import build_parser
 from pipeline.cli import prepare as prepare_verb
 from pipeline.errors import RecipeError
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 300
 PER_SHARD = 10

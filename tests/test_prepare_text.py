@@ -15,8 +15,6 @@ from pipeline.semantics import text
 from pipeline.semantics.text import cached_text, text_embeddings
 from pipeline.training.build import cache_dir, teacher_weights
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="module")
 def folder(module_path: Path) -> Path:

@@ -38,7 +38,7 @@ def finished(module_path: Path) -> Path:
     return module_path
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 
 def test_the_run_directory_is_complete(finished: Path) -> None:

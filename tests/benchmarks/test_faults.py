@@ -50,7 +50,6 @@ def test_every_row_stands_in_the_catalogue(faults) -> None:  # type: ignore[no-u
     assert [row.name for row in faults.ROWS if f"`{row.name}`" not in page] == []
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/faults.py", "--work", str(tmp_path), "--only"]

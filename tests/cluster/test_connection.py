@@ -20,8 +20,6 @@ from pipeline.cluster.connection import start_ray
 from pipeline.errors import LongtailError, RecipeError
 from pipeline.recipe import Cluster
 
-pytestmark = pytest.mark.ray
-
 BUSY = "The current node timed out during startup. This could happen because ..."
 
 

@@ -27,7 +27,7 @@ from tiny_world import (
 
 from pipeline.training.manifest import list_checkpoints, read_manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 PATIENCE_S = 900.0
 WORKERS = {"workers": [1, 2], "gpus_per_worker": 0, "hang_timeout": None}
 STEPS = 24

@@ -28,8 +28,6 @@ from pipeline.recipe_file import recipe_from_tree
 from pipeline.semantics.clip import new_clip
 from pipeline.training.loop import train_here
 
-pytestmark = pytest.mark.ray
-
 START_S = 900
 """Only what hangs takes so long: a dozen processes import torch, on whatever a machine has left."""
 POOL = {"placement": "pool", "batches_ahead": 2}

@@ -18,8 +18,6 @@ from pipeline.training.checkpoint import load_state, load_weights
 from pipeline.training.loop import train_here
 from pipeline.training.manifest import checkpoint_dir, read_manifest
 
-pytestmark = pytest.mark.ray
-
 VALIDATION = {
     "name": "lvis_val",
     "format": "lvis",

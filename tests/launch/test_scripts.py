@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(__file__).resolve().parents[2]
 PRINT = '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nexit ${CODE:-0}\n'
 

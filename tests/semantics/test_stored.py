@@ -37,8 +37,6 @@ from pipeline.training.build import (
 )
 from pipeline.training.loop import train_here
 
-pytestmark = pytest.mark.ray
-
 TRANSFORMS = {
     "short_sides": [64, 72],
     "max_side": 96,

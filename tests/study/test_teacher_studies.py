@@ -27,8 +27,6 @@ from pipeline.study.zero_shot import PUBLISHED, is_lvis, zero_shot
 from pipeline.study.zero_shot_page import describe_teacher, render
 from pipeline.training.build import build_teacher
 
-pytestmark = pytest.mark.ray
-
 VALIDATION = {
     "name": "lvis_val",
     "format": "lvis",
