@@ -5,10 +5,12 @@
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
@@ -23,9 +25,9 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.cluster.elastic import answering_nodes, draining_nodes, nodes_that_stay
 from pipeline.cluster.failures import describe_failures, is_preemption, lost_ranks, out_of_memory
-from pipeline.errors import ClusterError, MemoryExceeded
+from pipeline.errors import ClusterError, LongtailError, MemoryExceeded
 from pipeline.recipe import Recipe
-from pipeline.training.manifest import MANIFEST, list_checkpoints, read_manifest
+from pipeline.training.manifest import list_checkpoints, read_manifest
 from pipeline.training.out_of_memory import memory_advice
 
 RESOURCES_PATIENCE_S = 1800.0
@@ -45,7 +47,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         self._office, self._recipe, self._run_dir = office, recipe, run_dir
         self._workers: dict[int, Any] = {}
         """Ray's metadata of each rank: pid, node_id, node_ip."""
-        self._failures = 0
+        self._group = self._failures = 0
         self._waiting: float | None = None
         self._said = self._looked = float("-inf")
         self._announced: set[str] = set()
@@ -53,7 +55,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
     # The life of a group.
 
     def before_worker_group_start(self, _context: Any) -> None:
-        ray.get(self._office.begin_group.remote())
+        self._group = ray.get(self._office.begin_group.remote())
 
     def after_worker_group_start(self, group: Any) -> None:
         ray.get(self._office.start_group.remote())
@@ -72,7 +74,8 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         now = time.monotonic()
         if now - self._looked > _NOTICES_S and not status.errors:
             self._looked = now
-            self._heed_notices()
+            with suppress(RayError):  # Looked at again soon.
+                self._heed_notices()
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
         """Keep workers from nodes that are lost or about to be; Ray knows of it only later."""
@@ -97,7 +100,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
     # What goes wrong.
 
     def _restarts(self, error: Exception) -> None:
-        ray.get(self._office.end_group.remote())
+        ray.get(self._office.end_group.remote(self._group))
         self._waiting = time.monotonic()
         if is_preemption(error):
             self._say(logging.INFO, f"the run goes on elsewhere, {self._from_checkpoint()}")
@@ -166,12 +169,14 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         each = f"{cluster.cpus_per_worker:g} CPUs"
         if cluster.gpus_per_worker:
             each += f" and {cluster.gpus_per_worker:g} GPUs"
-        stay, free = nodes_that_stay(), ray.available_resources()
-        there = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
-        return (
-            f"places for {cluster.min_workers} workers of {each} each (there are {there} "
-            f"on {len(stay)} nodes)"
-        )
+        there = "Ray does not say what is free"
+        with suppress(RayError):
+            stay, free = nodes_that_stay(), ray.available_resources()
+            there = (
+                f"there are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free on "
+                f"{len(stay)} nodes"
+            )
+        return f"places for {cluster.min_workers} workers of {each} each ({there})"
 
     # What is announced.
 
@@ -215,12 +220,18 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
     # Words.
 
     def _describe(self, error: Any) -> str:
-        return describe_failures(error.worker_failures, self._workers, answering_nodes())
+        try:
+            nodes = answering_nodes()
+        except RayError:  # No node is called lost then.
+            nodes = [worker.node_id for worker in self._workers.values()]
+        return describe_failures(error.worker_failures, self._workers, nodes)
 
     def _from_checkpoint(self) -> str:
-        for directory in reversed(list_checkpoints(self._run_dir)):
-            if (directory / MANIFEST).is_file():
-                return f"from step {read_manifest(directory).step}"
+        """In words; a checkpoint that cannot be read is passed over, as the workers do."""
+        with suppress(OSError):
+            for directory in reversed(list_checkpoints(self._run_dir)):
+                with suppress(OSError, LongtailError):
+                    return f"from step {read_manifest(directory).step}"
         return "from the beginning"
 
     def _say(self, level: int, message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray._private import state as ray_state
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
@@ -67,16 +68,22 @@ class NodesThatStay(ElasticScalingPolicy):
         if isinstance(current_state, ReschedulingState):
             self._held = {}  # The workers of before are gone, and no others came.
 
-    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
-        """What each node that stays has for workers: free, or held by those of before."""
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
+        """What each node that stays has for workers: free, or held by those of before.
+
+        None, for which nothing is decided, where Ray does not answer.
+        """
         need = self.scaling_config._resources_per_worker_not_none
-        free = ray_state.available_resources_per_node()
+        try:
+            free, stay = ray_state.available_resources_per_node(), nodes_that_stay()
+        except RayError:
+            return None
         return {
             node: {
                 key: free.get(node, {}).get(key, 0.0) + self._held.get(node, 0) * amount + 1e-6
                 for key, amount in need.items()
             }
-            for node in nodes_that_stay()
+            for node in stay
         }
 
 

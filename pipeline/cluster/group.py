@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from pipeline.cluster.office import News, Office
 from pipeline.errors import ClusterError
@@ -59,11 +59,13 @@ class TrainingOffice(Office):
         self._left: set[int] = set()
         self._beats: dict[int, tuple[Beat, float]] = {}
 
-    def begin_group(self) -> None:
-        """Places for workers are asked for."""
+    def begin_group(self) -> int:
+        """Places for workers are asked for; the number of the group."""
         self._group += 1
         self._there = self._ended = self._recalled = False
         self._left.clear()
+        self._beats.clear()
+        return self._group
 
     def start_group(self) -> None:
         """The workers are there, and will hear of a wish to stop."""
@@ -73,10 +75,11 @@ class TrainingOffice(Office):
         """Whether there are workers, or none that could save anything."""
         return self._there
 
-    def end_group(self) -> None:
-        """The workers are lost, or about to be ended: where they are no longer matters."""
-        self._ended, self._there = True, False
-        self._beats.clear()
+    def end_group(self, group: int) -> None:
+        """Some of its workers are lost: where the others are no longer matters."""
+        if group == self._group:
+            self._ended, self._there = True, False
+            self._beats.clear()
 
     def group(self) -> int:
         return self._group
@@ -98,10 +101,14 @@ class TrainingOffice(Office):
         return [(beat, now - came) for beat, came in self._beats.values()]
 
     def leave(self, group: int, rank: int) -> bool:
-        """A worker trains no longer; whether it is to wait for its end, having been called back."""
-        if group == self._group:
-            self._left.add(rank)
-            self._beats.pop(rank, None)
+        """A worker trains no longer; whether it is to wait for its end, having been called back.
+
+        One of a group that another has followed was called back too, and says so late.
+        """
+        if group != self._group:
+            return True
+        self._left.add(rank)
+        self._beats.pop(rank, None)
         return self._recalled and not self._stop and self._error is None
 
     def num_left(self) -> int:
@@ -132,6 +139,7 @@ def _beat(office: Any, group: int, rank: int, timeout_s: float | None, stop: Any
     context, created = ray.get_runtime_context(), psutil.Process().create_time()
     node, host = context.get_node_id(), ray.util.get_node_ip_address()
     answers: deque[tuple[Any, float]] = deque()
+    away: float | None = None
     while not stop.wait(interval):
         note, now = here.note(), time.monotonic()
         beat = Beat(
@@ -142,18 +150,27 @@ def _beat(office: Any, group: int, rank: int, timeout_s: float | None, stop: Any
         while answers and ray.wait([answers[0][0]], timeout=0)[0]:
             try:
                 ray.get(answers.popleft()[0])
+                away = None
+            except ActorUnavailableError:  # A connection broke; Ray makes another.
+                away = now if away is None else away
             except RayError:  # The office lives in the driver's node, as long as the driver.
                 os._exit(ClusterError.exit_code)
         # Looked at after the wait: a process that was stopped finds all its answers there.
-        if answers and now - answers[0][1] > DRIVER_PATIENCE_S:
+        unanswered = min([now if away is None else away, *(sent for _, sent in answers)])
+        if now - unanswered > DRIVER_PATIENCE_S:
             os._exit(ClusterError.exit_code)
 
 
 def wait_for_end(office: Any) -> None:
     """Wait to be ended, for as long as there is a driver."""
+    answered = time.monotonic()
     while True:
         try:
             ray.get(office.group.remote(), timeout=DRIVER_PATIENCE_S)
+            answered = time.monotonic()
+        except ActorUnavailableError:
+            if time.monotonic() - answered > DRIVER_PATIENCE_S:
+                os._exit(ClusterError.exit_code)
         except RayError:
             os._exit(ClusterError.exit_code)
         time.sleep(1)

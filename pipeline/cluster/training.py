@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError
 
 from pipeline import errors
 from pipeline.cluster.connection import start_ray
@@ -195,7 +195,10 @@ def _train(recipe: Recipe, rank: int, office: Any, teachers: list[Any]) -> None:
         ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
         for reference in ready:
             answers.remove(reference)
-        return any(ray.get(ready))
+        try:
+            return any(ray.get(ready))
+        except ActorUnavailableError:  # The next answers say the same.
+            return False
 
     pool = None
     if teachers:

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import psutil
@@ -22,6 +21,8 @@ SILENT_S = 30.0
 """Without a beat for so long, or for half the timeout, a process is stopped or its node away."""
 END_PATIENCE_S = 60.0
 """How long the end of a process on its node may take: Ray starts another process there for it."""
+SAME_S = 60.0
+"""How much a clock may have been set while a process whose beginning it tells was at work."""
 NEVER_S = 24 * 3600
 """How long ranks wait for each other where no timeout is set."""
 MARGIN_S = 120
@@ -85,27 +86,41 @@ class Watch:
         if not self._timeout_s or now < self._next:
             return
         self._next = now + min(10.0, self._timeout_s / 20)
+        group = ray.get(self._office.group.remote())
         hang = find_hang(ray.get(self._office.beats.remote()), self._timeout_s)
         if hang is None:
             return
         logger.warning("%s; no rank has moved for cluster.hang_timeout, so it is ended", hang)
-        # Of these workers nothing more is expected; those that follow begin to beat anew.
-        ray.get(self._office.end_group.remote())
-        _end(hang.culprit)
+        if _end(hang.culprit):
+            # Of these workers nothing more is expected; those that follow begin to beat anew.
+            ray.get(self._office.end_group.remote(group))
+        else:
+            self._next = time.monotonic() + END_PATIENCE_S
 
 
-def _end(beat: Beat) -> None:
-    """SIGKILL from its own node: a stopped process cannot end itself."""
+def _end(beat: Beat) -> bool:
+    """SIGKILL from its own node: a stopped process cannot end itself. Whether it is gone."""
     on_node = NodeAffinitySchedulingStrategy(beat.node, soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(_kill)
+    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(end_process)
+    reason = "the process of this number began at another time"
     try:
-        ray.get(remote.remote(beat.pid, beat.created), timeout=END_PATIENCE_S)
+        if ray.get(remote.remote(beat.pid, beat.created), timeout=END_PATIENCE_S):
+            return True
     except RayError as error:
         reason = str(error).strip().partition("\n")[0]
-        logger.warning("rank %d was not ended on its node: %s", beat.rank, reason)
+    logger.warning("rank %d was not ended on its node: %s", beat.rank, reason)
+    return False
 
 
-def _kill(pid: int, created: float) -> None:
-    with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if psutil.Process(pid).create_time() == created:
-            os.kill(pid, signal.SIGKILL)
+def end_process(pid: int, created: float) -> bool:
+    """SIGKILL to the process that began at `created`, in s since 1970; whether it is gone.
+
+    Times are compared loosely: one is told from the clock, which may have been set since.
+    """
+    try:
+        if abs(psutil.Process(pid).create_time() - created) > SAME_S:
+            return False
+        os.kill(pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        pass
+    return True

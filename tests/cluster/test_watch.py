@@ -1,16 +1,30 @@
 """Who is named when a run stands still, and what failures are called."""
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-from pipeline.cluster import connection  # first: it sets what Ray reads
+from pipeline.cluster import (
+    connection,  # first: it sets what Ray reads
+    group,
+    watch,
+)
 from pipeline.cluster.group import Beat, TrainingOffice
-from pipeline.cluster.watch import MARGIN_S, find_hang, process_group_timeout_s
+from pipeline.cluster.watch import (
+    MARGIN_S,
+    Watch,
+    end_process,
+    find_hang,
+    process_group_timeout_s,
+)
 from pipeline.recipe import Cluster
 from pipeline.training.whereabouts import Whereabouts
 
@@ -92,12 +106,15 @@ def test_beats_of_workers_that_are_gone_are_forgotten() -> None:
     office.beat(1, WORKS)
     office.beat(0, replace(WORKS, rank=7))
     assert [beat.rank for beat, _ in office.beats()] == [0] and office.num_left() == 1
-    office.end_group()
+    office.end_group(1)
     office.beat(1, WAITS)
     assert office.beats() == []
-    office.begin_group()
+    assert office.begin_group() == 2
     office.beat(2, WORKS)
+    office.end_group(1)
     assert [beat.rank for beat, _ in office.beats()] == [1] and office.num_left() == 0
+    office.begin_group()
+    assert office.beats() == []
 
 
 def test_workers_that_are_called_back_wait_unless_the_run_is_to_stop() -> None:
@@ -109,7 +126,65 @@ def test_workers_that_are_called_back_wait_unless_the_run_is_to_stop() -> None:
     office.stop()
     assert not office.leave(1, 1)
     office.begin_group()
+    assert office.leave(1, 1), "one of a group that is over has nothing to say"
     assert office.report((1, 2, "")), "the wish to stop outlives a group"
+
+
+def test_a_process_is_ended_unless_another_has_its_number() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    created = psutil.Process(process.pid).create_time()
+    assert not end_process(process.pid, created - 3600) and process.poll() is None
+    assert end_process(process.pid, created + 5), "the clock was set by 5 s meanwhile"
+    assert process.wait(timeout=60) == -9
+    assert end_process(process.pid, created), "it is gone already"
+
+
+class Near:
+    """The office's methods, called as an actor's are."""
+
+    def __init__(self, office: TrainingOffice) -> None:
+        self.office = office
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.office, name))
+
+
+def test_the_watch_looks_again_after_a_kill_that_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch.ray, "get", lambda answer, **_: answer)
+    monkeypatch.setattr(watch, "END_PATIENCE_S", 0.0)
+    outcomes = [False, True]
+    monkeypatch.setattr(watch, "_end", lambda _: outcomes.pop(0))
+    office = TrainingOffice()
+    office.begin_group()
+    office.beat(1, WORKS)
+    looker = Watch(Near(office), 600)
+    looker.look()
+    assert len(outcomes) == 1 and len(office.beats()) == 1, "it still hangs"
+    looker.look()
+    assert not outcomes and office.beats() == []
+    looker.look()
+
+
+def test_an_office_that_is_away_for_a_moment_ends_no_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def get(_: Any, **__: Any) -> None:
+        asked.append(1)
+        if len(asked) < 4:
+            raise ActorUnavailableError("connection reset", None)
+        raise ActorDiedError
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(group.ray, "get", get)
+    monkeypatch.setattr(group.os, "_exit", leave)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit, match="75"):
+        group.wait_for_end(Near(TrainingOffice()))
+    assert len(asked) == 4
 
 
 def worker(pid: int) -> Any:
