@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
@@ -22,6 +23,14 @@ from pipeline.recipe import Recipe
 from pipeline.training.device import worker_device
 from pipeline.training.manifest import write_atomically
 from pipeline.training.metrics import SinkFeed, append_event, remove_lines_after
+
+logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE_S = 180.0
+"""How long another process may hold the run directory: one of a killed driver takes seconds to go,
+and the lock of a lost machine stays at a file server until that gives its client up."""
+SAY_S = 10.0
+"""Seconds of waiting for it after which the log says so."""
 
 
 class RunLog:
@@ -79,14 +88,14 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def run_lock(run_dir: Path, patience_s: float = 30.0) -> Iterator[None]:
+def run_lock(run_dir: Path, patience_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
     """Hold a run directory against any other process, for as long as this one lives.
 
-    Workers of a driver that was killed need some seconds to go, so it waits; raises `StorageError`
-    after `patience_s` seconds.
+    Raises `StorageError` when another holds it for `patience_s` seconds.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience_s
+    begun, said = time.monotonic(), False
+    deadline = begun + patience_s
     with (run_dir / ".lock").open("a") as file:
         while True:
             try:
@@ -97,5 +106,8 @@ def run_lock(run_dir: Path, patience_s: float = 30.0) -> Iterator[None]:
                     raise StorageError(
                         f"another process is training in {run_dir}; wait for it or stop it"
                     ) from None
+                if not said and time.monotonic() > begun + SAY_S:
+                    said = True
+                    logger.info("%s is held by another process; waiting for it to end", run_dir)
                 time.sleep(0.2)
         yield

@@ -50,7 +50,7 @@ from pipeline.training.engine import (
     num_micro_batches,
     schedule_factor,
 )
-from pipeline.training.log import RunLog, run_lock, write_category_maps
+from pipeline.training.log import LOCK_PATIENCE_S, RunLog, run_lock, write_category_maps
 from pipeline.training.manifest import (
     Manifest,
     checkpoint_dir,
@@ -233,7 +233,9 @@ def open_run_dir(recipe: Recipe, stack: ExitStack) -> Path | None:
 
     Raises `RecipeError` when the run was started by another recipe.
     """
-    stack.enter_context(run_lock(recipe.run_dir))
+    # Who waits for it for too long is not to be ended as one that hangs.
+    most = (recipe.cluster.hang_timeout or math.inf) / 2
+    stack.enter_context(run_lock(recipe.run_dir, min(LOCK_PATIENCE_S, most)))
     directory = newest_verified(recipe.run_dir)
     if directory is not None:
         refuse_another_recipe(directory, recipe)
