@@ -21,6 +21,7 @@ from pipeline.cluster.tasks import unwrapped
 from pipeline.data.batch import Batch
 from pipeline.errors import LongtailError
 from pipeline.semantics.soft_labels import PackedBatch, dense_labels
+from pipeline.training.whereabouts import here
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class TeacherPool:
 
     def _send_again(self, request: _Request, error: Exception) -> None:
         """The batch that an actor died over, and what else waited for that actor."""
+        here.move()
         request.attempts += 1
         if request.attempts >= ATTEMPTS:
             raise LongtailError(
@@ -176,6 +178,7 @@ class TeacherPool:
         while True:
             self._look()
             if len(self._away) < len(self._actors):
+                here.move()
                 return
             waited = time.monotonic() - begun
             if waited > PATIENCE_S:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.data.shards.index import Index
 from pipeline.data.shards.preparing import load_index, shards_url
@@ -18,6 +19,7 @@ from pipeline.semantics.stored import StoredLabels, StoredSource, labels_identit
 from pipeline.semantics.teacher import Teacher, teacher_dir, trained_weights
 from pipeline.semantics.text import text_embeddings
 from pipeline.training.student import Student
+from pipeline.training.whereabouts import here
 
 
 def cache_dir(recipe: Recipe) -> Path:
@@ -42,8 +44,19 @@ def teacher_weights(recipe: Recipe) -> Path | None:
 def build_teacher(recipe: Recipe, vocabulary: Vocabulary, device: torch.device | str) -> Teacher:
     """The frozen teacher of a recipe; raises `StorageError` when it has not been trained yet."""
     weights = teacher_weights(recipe)
-    embeddings = text_embeddings(recipe.teacher, vocabulary.names, weights, cache_dir(recipe))
+    embeddings = _embeddings(recipe, vocabulary, weights)
     return Teacher(recipe.teacher, embeddings, weights, device)
+
+
+def _embeddings(recipe: Recipe, vocabulary: Vocabulary, weights: Path | None) -> Tensor:
+    """Made here where `longtail prepare` has not: one batch of names after the other."""
+    return text_embeddings(
+        recipe.teacher,
+        vocabulary.names,
+        weights,
+        cache_dir(recipe),
+        progress=lambda _done, _total: here.move(),
+    )
 
 
 def labels_in_process(
@@ -120,10 +133,12 @@ def build_student(
     language = recipe.detector.class_head.kind == "language"
     embeddings = None
     if language or recipe.semantic:
+        here.enter("text embeddings")
         weights = teacher_weights(recipe)
-        embeddings = text_embeddings(recipe.teacher, vocabulary.names, weights, cache_dir(recipe))
+        embeddings = _embeddings(recipe, vocabulary, weights)
     temperature = 0.0
     if recipe.semantic:
+        here.enter("loading the teacher")
         if not recipe.uses_soft_labels:
             temperature = build_teacher(recipe, vocabulary, "cpu").temperature
         else:
@@ -131,6 +146,7 @@ def build_student(
             temperature = soft_labels.temperature
     # After the teacher, which draws too: the first weights do not depend on where it is.
     torch.manual_seed(recipe.seed)
+    here.enter("building the detector")
     detector = build_detector(
         recipe.detector,
         num_categories=vocabulary.num_categories,

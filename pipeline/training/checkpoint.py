@@ -47,6 +47,7 @@ from pipeline.training.manifest import (
 )
 from pipeline.training.space import error_of_library, with_room
 from pipeline.training.student import DETECTOR_PREFIX, export_state
+from pipeline.training.whereabouts import here
 
 logger = logging.getLogger(__name__)
 
@@ -371,6 +372,7 @@ def _versions() -> dict[str, str]:
 def _write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
+    here.move()
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -378,6 +380,7 @@ def _write_tensors(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    here.move()
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:

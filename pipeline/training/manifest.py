@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe
 from pipeline.training.space import with_room
+from pipeline.training.whereabouts import here
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ def verify(directory: Path, files: Collection[str] | None = None) -> Manifest:
         size = path.stat().st_size
         if size != stated["bytes"]:
             raise StorageError(f"{path} has {size} bytes, the manifest says {stated['bytes']}")
+        here.move()
         if file_digest(path)["sha256"] != stated["sha256"]:
             raise StorageError(f"{path} has another sha256 than the manifest says")
     return manifest
@@ -217,7 +219,9 @@ def publish(
         partial.mkdir(parents=True)
         write(partial)
         for path in sorted(partial.iterdir()):
+            here.move()
             _flush(path)
+            here.move()
             manifest.files[path.name] = file_digest(path)
         _write_whole(partial / MANIFEST, manifest.to_json())
         _flush(partial)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import StorageError
+from pipeline.training.whereabouts import here
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def with_room(path: Path, num_bytes: int, attempt: Callable[[], Result]) -> Resu
     raises `StorageError`. Any other error is raised at once.
     """
     for number, wait in enumerate((*WAITS_S, None), start=1):
+        here.move()
         try:
             return attempt()
         except (OSError, StorageError) as error:

@@ -6,7 +6,7 @@ the newest note on, and who gets the notes of all ranks sees which one has stopp
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Whereabouts:
                 self._note = Note(before.step, stage, before.stages + 1, waits, now)
             else:
                 self._note = Note(step, stage, 0, waits, now)
+
+    def move(self) -> None:
+        """Say that the stage goes on: with the next of several files, with another try."""
+        with self._lock:
+            self._note = replace(self._note, since=time.monotonic())
 
     def note(self) -> Note:
         """The newest note."""

@@ -86,6 +86,9 @@ def test_a_stage_that_begins_is_progress_and_a_new_step_counts_anew() -> None:
     assert (first.step, first.stage, first.stages, first.waits) == (3, "agreement", 1, True)
     assert (second.stage, second.stages, second.waits) == ("forward", 2, False)
     assert second.since >= first.since
+    whereabouts.move()
+    third = whereabouts.note()
+    assert third.since > second.since and replace(third, since=second.since) == second
     whereabouts.enter("data", 4)
     assert (whereabouts.note().step, whereabouts.note().stages) == (4, 0)
 

@@ -22,6 +22,7 @@ from pipeline.training.checkpoint import load_state
 from pipeline.training.manifest import newest_verified, verify, write_atomically
 from pipeline.training.metrics import SinkFeed, append_event
 from pipeline.training.space import append_line, with_room
+from pipeline.training.whereabouts import here
 
 
 @pytest.fixture
@@ -148,3 +149,15 @@ def test_all_ranks_learn_that_there_is_no_room(small_disk: Path) -> None:
     said = run_ranks(_save_on_full, 2, str(small_disk))
     assert [text[:2] for text in said] == ["0:", "1:"] and said[0][2:] == said[1][2:]
     assert "no space left" in said[0]
+
+
+def test_each_try_is_progress_for_whoever_watches(tmp_path: Path) -> None:
+    begun: list[float] = []
+
+    def attempt() -> None:
+        begun.append(here.note().since)
+        if len(begun) < 3:
+            raise OSError(errno.ENOSPC, "full")
+
+    with_room(tmp_path / "file", 1, attempt)
+    assert begun[1] - begun[0] >= 0.2 and begun[2] - begun[1] >= 0.2
