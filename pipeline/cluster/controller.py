@@ -48,6 +48,8 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         self._workers: dict[int, Any] = {}
         """Ray's metadata of each rank: pid, node_id, node_ip."""
         self._group = self._failures = 0
+        self._lacked_memory = False
+        """Whether Ray has ended a worker for its machine's memory, and no step was done since."""
         self._waiting: float | None = None
         self._said = self._looked = float("-inf")
         self._announced: set[str] = set()
@@ -126,14 +128,21 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
             )
 
     def _told_by_worker(self, error: Any) -> bool:
-        """Whether the run ends with an error that a worker has told, or that a death tells."""
+        """Whether the run ends with an error that a worker has told, or that deaths tell.
+
+        The memory of a machine may be used up by others: only a death that comes again says that
+        this run needs too much.
+        """
         if ray.get(self._office.error.remote()) is not None:
             return True
+        again = self._lacked_memory and not ray.get(self._office.has_stepped.remote())
         killed = out_of_memory(error.worker_failures)
-        if killed is None:
+        self._lacked_memory = again or killed is not None
+        if killed is None or not again:
             return False
         where = f"rank {killed} on node {self._place(killed)} was ended by Ray, for the memory of "
-        self._fail(MemoryExceeded(memory_advice(self._recipe, f"{where}its machine was used up")))
+        what = f"{where}its machine was used up, for the second time without a step in between"
+        self._fail(MemoryExceeded(memory_advice(self._recipe, what)))
         return True
 
     def _place(self, rank: int) -> str:

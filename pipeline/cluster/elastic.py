@@ -13,6 +13,7 @@ import ray
 from ray._private import state as ray_state
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -24,11 +25,20 @@ NODE_PATIENCE_S = 2.0
 _LOOK_S = 1.0
 """Seconds between two looks while there are too few places."""
 
+for _base, _name in (
+    (TorchTrainer, "_initialize_and_run_controller"),
+    (ElasticScalingPolicy, "_get_reserved_resources"),
+    (ControllerCallback, "on_controller_start_worker_group"),
+):
+    # What takes the place of nothing would never be called, and nobody would see it.
+    assert hasattr(_base, _name), f"another Ray than constraints.txt has: no {_name}"
+
 
 class Trainer(TorchTrainer):
     """Ray's, which counts places by `NodesThatStay`."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        assert "scaling_policy" in arguments, "another Ray than constraints.txt has"
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = NodesThatStay(self.scaling_config)
         return super()._initialize_and_run_controller(**arguments)

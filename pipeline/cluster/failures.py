@@ -45,12 +45,7 @@ def is_preemption(error: BaseException) -> bool:
 
 def out_of_memory(failures: Mapping[int, Exception]) -> int | None:
     """The rank that Ray has ended because its node's memory was used up, if one was."""
-    for rank, error in failures.items():
-        cause = _cause(error)
-        told = isinstance(cause, RayError) and any(sign in str(cause) for sign in MEMORY_SIGNS)
-        if told or isinstance(cause, OutOfMemoryError):
-            return rank
-    return None
+    return next((rank for rank, error in failures.items() if _lacked_memory(error)), None)
 
 
 def describe_failures(
@@ -81,11 +76,19 @@ def _in_words(error: Exception) -> str:
     text = " ".join(str(cause).split())
     if isinstance(cause, WorkerHealthCheckTimeoutError):
         return "does not answer Ray"
+    if _lacked_memory(cause):
+        return "was ended by Ray, for the memory of its machine was used up"
     if isinstance(cause, RayActorError):
         return "was lost: its process ended"
     if _lacks_peer(cause):
         return "lost its connection to another rank"
     return f"raised {type(cause).__name__}: {text[:200]}"
+
+
+def _lacked_memory(error: BaseException) -> bool:
+    cause = _cause(error)
+    told = isinstance(cause, RayError) and any(sign in str(cause) for sign in MEMORY_SIGNS)
+    return told or isinstance(cause, OutOfMemoryError)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -56,6 +56,7 @@ class TrainingOffice(Office):
         self._there = False
         self._ended = False
         self._recalled = False
+        self._reports = 0
         self._left: set[int] = set()
         self._beats: dict[int, tuple[Beat, float]] = {}
 
@@ -63,6 +64,7 @@ class TrainingOffice(Office):
         """Places for workers are asked for; the number of the group."""
         self._group += 1
         self._there = self._ended = self._recalled = False
+        self._reports = 0
         self._left.clear()
         self._beats.clear()
         return self._group
@@ -89,7 +91,12 @@ class TrainingOffice(Office):
         self._recalled = True
 
     def report(self, news: News, part: int = 0) -> bool:
+        self._reports += 1
         return super().report(news, part) or self._recalled
+
+    def has_stepped(self) -> bool:
+        """Whether the group has done a step: the first rank reports before each, and at the end."""
+        return self._reports > 1
 
     def beat(self, group: int, beat: Beat) -> None:
         if group == self._group and not self._ended and beat.rank not in self._left:

@@ -58,7 +58,12 @@ class Lifeline:
 
 def head_here(processes: Collection[psutil.Process]) -> FindLoss:
     """Looks at the head's processes among those that this process has started."""
-    head = {one: one.name() for one in processes if one.name() in HEAD_PROCESSES}
+    head = {}
+    for one in processes:
+        with suppress(psutil.Error):  # It has ended meanwhile.
+            name = one.name()
+            if name in HEAD_PROCESSES:
+                head[one] = name
 
     def find_loss() -> str | None:
         gone = [name for one, name in head.items() if not _lives(one)]

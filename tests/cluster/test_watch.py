@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from near_office import Near
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
 from pipeline.cluster import (
@@ -140,16 +141,6 @@ def test_a_process_is_ended_unless_another_has_its_number() -> None:
     assert end_process(process.pid, created + 5), "the clock was set by 5 s meanwhile"
     assert process.wait(timeout=60) == -9
     assert end_process(process.pid, created), "it is gone already"
-
-
-class Near:
-    """The office's methods, called as an actor's are."""
-
-    def __init__(self, office: TrainingOffice) -> None:
-        self.office = office
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self.office, name))
 
 
 def test_the_watch_looks_again_after_a_kill_that_missed(monkeypatch: pytest.MonkeyPatch) -> None:
