@@ -62,6 +62,14 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same(
 ) -> None:
     recipe = tiny_recipe(folder, "worker_killed")
     process = start(folder, recipe)
+    # Once while the group starts, before it trains, and once in mid-training.
+    deadline = time.monotonic() + START_S
+    while len(workers := descendants(process.pid, "RayTrainWorker")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, log_of(folder)
+        time.sleep(0.05)
+    os.kill(workers[1], signal.SIGKILL)
+    wait_for_text(folder, "restart 1 of 3, from the beginning", process)
+    assert "while the workers started, one was lost: its process ended" in log_of(folder)
     wait_for_step(recipe, 5, process, START_S)
     workers = descendants(process.pid, "RayTrainWorker")
     assert len(workers) == 2

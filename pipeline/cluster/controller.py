@@ -24,7 +24,15 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.cluster.elastic import answering_nodes, draining_nodes, nodes_that_stay
-from pipeline.cluster.failures import describe_failures, is_preemption, lost_ranks, out_of_memory
+from pipeline.cluster.failures import (
+    describe_failures,
+    in_words,
+    is_preemption,
+    lost_at_start,
+    lost_ranks,
+    out_of_memory,
+)
+from pipeline.cluster.watch import SILENT_S
 from pipeline.errors import ClusterError, LongtailError, MemoryExceeded
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import list_checkpoints, read_manifest
@@ -35,7 +43,7 @@ RESOURCES_PATIENCE_S = 1800.0
 SAY_AGAIN_S = 300.0
 """Seconds between two lines on that the run waits."""
 SAVE_PATIENCE_S = 300.0
-"""How long workers that are called back may take for their step and its checkpoint."""
+"""How long workers that are called back may stand still over their step and its checkpoint."""
 _NOTICES_S = 1.0
 _WAITING = (InitializingState, RestartingState, ReschedulingState)
 
@@ -48,6 +56,8 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         self._workers: dict[int, Any] = {}
         """Ray's metadata of each rank: pid, node_id, node_ip."""
         self._group = self._failures = 0
+        self._starting: Any = None
+        """Ray's group of workers, until its training has begun and Ray's controller has it."""
         self._lacked_memory = False
         """Whether Ray has ended a worker for its machine's memory, and no step was done since."""
         self._waiting: float | None = None
@@ -60,10 +70,14 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         self._group = ray.get(self._office.begin_group.remote())
 
     def after_worker_group_start(self, group: Any) -> None:
-        ray.get(self._office.start_group.remote())
+        self._starting = group
         self._workers = {
             worker.distributed_context.world_rank: worker.metadata for worker in group.get_workers()
         }
+
+    def after_worker_group_training_start(self, group: Any) -> None:
+        self._starting = None
+        ray.get(self._office.start_group.remote())
         waited = "" if self._waiting is None else f" after {time.monotonic() - self._waiting:.0f} s"
         self._waiting, self._said = None, float("-inf")
         self._announced.clear()
@@ -88,7 +102,11 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         return {ray._raylet.RAY_NODE_ID_KEY: f"in({','.join(stay)})"}
 
     def after_controller_state_update(self, before: Any, state: Any) -> None:
-        if isinstance(state, RestartingState) and not isinstance(before, RestartingState):
+        if isinstance(state, ReschedulingState | ShuttingDownState):
+            self._free_places()
+        if isinstance(state, ReschedulingState) and not isinstance(before, ReschedulingState):
+            self._starts_again(state.training_failed_error)
+        elif isinstance(state, RestartingState) and not isinstance(before, RestartingState):
             self._restarts(state.training_failed_error)
         elif isinstance(state, ResizingState):
             number = state.scaling_decision.num_workers
@@ -97,7 +115,10 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         elif isinstance(state, ShuttingDownState) and isinstance(state.next_state, ErroredState):
             self._ends(state.next_state.training_failed_error)
         if isinstance(state, _WAITING):
-            self._wait(isinstance(state, ReschedulingState))
+            lost = isinstance(state, ReschedulingState) and lost_at_start(
+                state.training_failed_error
+            )
+            self._wait(isinstance(state, ReschedulingState) and not lost)
 
     # What goes wrong.
 
@@ -114,18 +135,38 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
         self._say(logging.WARNING, f"{what}; {number}, {self._from_checkpoint()}")
 
+    def _free_places(self) -> None:
+        """Of a group that failed while it started: Ray's controller does not know it, nor ends it.
+
+        Ended as at an abort: what is set up may wait for ever for the worker that is gone.
+        """
+        group, self._starting = self._starting, None
+        if group is not None and group.has_started():
+            group.abort()
+
+    def _starts_again(self, error: Exception) -> None:
+        lost = lost_at_start(error)
+        if lost is not None:
+            ray.get(self._office.end_group.remote(self._group))
+            self._failures += 1
+            number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
+            self._say(logging.WARNING, f"{_at_start(lost)}; {number}, {self._from_checkpoint()}")
+
     def _ends(self, error: Exception) -> None:
+        lost = lost_at_start(error)
+        if lost is not None and ray.get(self._office.error.remote()) is None:
+            self._fail(self._too_often(_at_start(lost)))
         if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
             return
         if lost_ranks(error.worker_failures):
-            what = self._describe(error)
-            self._fail(
-                ClusterError(
-                    f"{what}; that was loss {self._failures + 1} of workers, and cluster."
-                    f"max_failures is {self._recipe.cluster.max_failures}. The same command goes "
-                    f"on {self._from_checkpoint()}"
-                )
-            )
+            self._fail(self._too_often(self._describe(error)))
+
+    def _too_often(self, what: str) -> ClusterError:
+        return ClusterError(
+            f"{what}; that was loss {self._failures + 1} of workers, and cluster.max_failures is "
+            f"{self._recipe.cluster.max_failures}. The same command goes on "
+            f"{self._from_checkpoint()}"
+        )
 
     def _told_by_worker(self, error: Any) -> bool:
         """Whether the run ends with an error that a worker has told, or that deaths tell.
@@ -219,9 +260,12 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
     def _call_back(self) -> None:
         """Make all workers save, so that nothing is lost by what follows; wait for them."""
         ray.get(self._office.recall.remote())
-        deadline = time.monotonic() + SAVE_PATIENCE_S
+        begun = time.monotonic()
         while ray.get(self._office.num_left.remote()) < len(self._workers):
-            if time.monotonic() > deadline:
+            waited, beats = time.monotonic() - begun, ray.get(self._office.beats.remote())
+            silent = waited > SILENT_S and any(age > SILENT_S for _, age in beats)
+            stands_s = min((beat.idle_s + age for beat, age in beats), default=waited)
+            if silent or min(waited, stands_s) > SAVE_PATIENCE_S:
                 self._say(logging.WARNING, "not all workers have saved; their steps are lost")
                 return
             time.sleep(0.2)
@@ -248,3 +292,7 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
 
     def _fail(self, error: Exception) -> None:
         ray.get(self._office.fail.remote(type(error).__name__, str(error)))
+
+
+def _at_start(lost: BaseException) -> str:
+    return f"while the workers started, one {in_words(lost)}"

@@ -15,11 +15,15 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from pipeline.cluster.failures import lost_at_start
 
 GROW_S = 20.0
-"""Seconds between two looks whether nodes have joined."""
+"""Seconds between two looks whether nodes have joined; two in a row have to find as many."""
 NODE_PATIENCE_S = 2.0
 """How long a node may take to accept a connection."""
 _LOOK_S = 1.0
@@ -27,6 +31,7 @@ _LOOK_S = 1.0
 
 for _base, _name in (
     (TorchTrainer, "_initialize_and_run_controller"),
+    (TorchTrainer, "_create_default_callbacks"),
     (ElasticScalingPolicy, "_get_reserved_resources"),
     (ControllerCallback, "on_controller_start_worker_group"),
 ):
@@ -35,20 +40,44 @@ for _base, _name in (
 
 
 class Trainer(TorchTrainer):
-    """Ray's, which counts places by `NodesThatStay`."""
+    """Ray's, which counts places by `NodesThatStay` and goes on when a start loses a worker."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        assert "scaling_policy" in arguments, "another Ray than constraints.txt has"
+        expected = arguments.keys() >= {"scaling_policy", "failure_policy"}
+        assert expected, "another Ray than constraints.txt has"
+        arguments["failure_policy"] = StartsAgain(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = NodesThatStay(self.scaling_config)
+            office = self.train_loop_config["office"]
+            arguments["scaling_policy"] = NodesThatStay(self.scaling_config, office)
         return super()._initialize_and_run_controller(**arguments)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """The run's own come first: they have to know a group before its setup can fail."""
+        own = list(self.run_config.callbacks or ())
+        return [*own, *(one for one in super()._create_default_callbacks() if one not in own)]
+
+
+class StartsAgain(DefaultFailurePolicy):
+    """Ray's policy, which counts workers that are lost while a group starts as others are counted.
+
+    Ray itself tries some such starts again without end, and after others it ends the run.
+    """
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        lost = lost_at_start(training_failed_error)
+        if lost is not None:
+            training_failed_error = WorkerGroupError(str(lost), {})
+        return super().make_decision(training_failed_error)
 
 
 class NodesThatStay(ElasticScalingPolicy):
     """Ray's elastic policy, with places counted on the nodes of `nodes_that_stay`."""
 
-    def __init__(self, scaling_config: Any) -> None:
+    def __init__(self, scaling_config: Any, office: Any) -> None:
         super().__init__(scaling_config)
+        self._office = office
+        self._growth: int | None = None
+        """The number of workers, greater than now, that there was place for at the last look."""
         self._held: dict[str, int] = {}
         """Workers of the newest group by node: their places are free for the next one."""
 
@@ -62,13 +91,19 @@ class NodesThatStay(ElasticScalingPolicy):
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
-        if isinstance(decision, ResizeDecision):
-            # A node that is lost comes as an error, and one that is taken away by its notice.
-            grows = decision.num_workers > len(worker_group_state.workers)
-            return decision if grows else NoopDecision()
-        return decision
+        if not isinstance(decision, ResizeDecision):
+            return decision
+        before, self._growth = self._growth, decision.num_workers
+        # A node that is lost comes as an error, and one that is taken away by its notice.
+        grows = decision.num_workers > len(worker_group_state.workers)
+        # Nodes often come one by one: it begins anew once, and not before it has gained anything.
+        settled = decision.num_workers == before
+        if grows and settled and ray.get(self._office.has_stepped.remote()):
+            return decision
+        return NoopDecision()
 
     def make_decision_for_non_running_worker_group(self) -> Any:
+        self._growth = None
         decision = super().make_decision_for_non_running_worker_group()
         if not isinstance(decision, ResizeDecision):
             time.sleep(_LOOK_S)  # Ray asks again at once.

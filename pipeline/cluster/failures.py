@@ -3,12 +3,13 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 PEER_SIGNS = (
     "Connection closed by peer",
@@ -20,7 +21,7 @@ PEER_SIGNS = (
     "NCCL communicator was aborted",
 )
 """In what a rank raises because another one is gone."""
-PEER_ERRORS = ("DistBackendError", "DistNetworkError")
+PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 MEMORY_SIGNS = ("NODE_OUT_OF_MEMORY", "running low on memory", "memory pressure")
 
 
@@ -33,6 +34,19 @@ def is_gone(error: BaseException) -> bool:
     """Whether the worker's process is no more, or does not answer Ray."""
     cause = _cause(error)
     return isinstance(cause, RayError | WorkerHealthCheckTimeoutError)
+
+
+def lost_at_start(error: BaseException) -> BaseException | None:
+    """What Ray's controller failed with because a worker was lost while its group started."""
+    if not isinstance(error, ControllerError):
+        return None
+    cause: BaseException = error.controller_failure
+    if isinstance(cause, WorkerGroupStartupFailedError):
+        return cause.__cause__ or cause
+    if isinstance(cause, RayTaskError):
+        # Raised in a worker: by what is set up there.
+        return cause.cause if _lacks_peer(cause.cause) else None
+    return cause if isinstance(cause, RayError) else None
 
 
 def is_preemption(error: BaseException) -> bool:
@@ -57,7 +71,7 @@ def describe_failures(
     """
     first = {rank: error for rank, error in failures.items() if is_gone(error)}
     first = first or {rank: e for rank, e in failures.items() if not _lacks_peer(e)}
-    said = {rank: _in_words(error) for rank, error in (first or failures).items()}
+    said = {rank: in_words(error) for rank, error in (first or failures).items()}
     if all(is_gone(error) or _lacks_peer(error) for error in failures.values()):
         # The others notice it before Ray does, so the lost may not be among the failures yet.
         lost = {rank for rank, worker in workers.items() if worker.node_id not in nodes}
@@ -71,7 +85,8 @@ def describe_failures(
     return "; ".join(parts) + more
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
+    """What a rank ended with, to follow its name."""
     cause = _cause(error)
     text = " ".join(str(cause).split())
     if isinstance(cause, WorkerHealthCheckTimeoutError):

@@ -2,13 +2,15 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from near_office import Near
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from tiny_world import tiny_recipe
+from torch.distributed import DistStoreError
 
 from pipeline.cluster import connection  # first: it sets what Ray reads
 from pipeline.cluster.group import TrainingOffice
@@ -17,14 +19,27 @@ from pipeline.training.manifest import MANIFEST, checkpoint_dir
 
 assert connection is not None
 
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # noqa: E402
+from ray.train import FailureConfig, ScalingConfig  # noqa: E402
+from ray.train.v2._internal.exceptions import (  # noqa: E402
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.controller.state import (  # noqa: E402
+    ErroredState,
+    ReschedulingState,
     RestartingState,
     RunningState,
+    SchedulingState,
+    ShuttingDownState,
 )
-from ray.train.v2.api.exceptions import WorkerGroupError  # noqa: E402
+from ray.train.v2._internal.execution.failure_handling import FailureDecision  # noqa: E402
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision  # noqa: E402
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError  # noqa: E402
 
+from pipeline.cluster import elastic  # noqa: E402
 from pipeline.cluster.controller import Supervisor  # noqa: E402
+from pipeline.cluster.elastic import NodesThatStay, StartsAgain  # noqa: E402
 
 
 @pytest.fixture()
@@ -71,3 +86,102 @@ def test_a_damaged_manifest_is_passed_over_in_words(recipe: Recipe) -> None:
         (checkpoint_dir(recipe.run_dir, step) / MANIFEST).write_text(text)
     (checkpoint_dir(recipe.run_dir, 6) / MANIFEST).mkdir(parents=True)
     assert supervisor._from_checkpoint() == "from the beginning"
+
+
+def test_what_a_starting_group_loses_is_counted_and_its_places_are_free(recipe: Recipe) -> None:
+    gone = WorkerGroupStartupFailedError("At least one failed")
+    gone.__cause__ = ActorDiedError()
+    broken = RayTaskError("setup", "", DistStoreError("timed out after 9s")).as_instanceof_cause()
+    fault = RayTaskError("setup", "", TypeError("a fault of ours")).as_instanceof_cause()
+    policy = StartsAgain(FailureConfig(max_failures=2))
+    assert policy.make_decision(ControllerError(fault)) is FailureDecision.RAISE
+    losses = [ControllerError(one) for one in (gone, broken, ActorDiedError())]
+    no_places = ControllerError(WorkerGroupStartupTimeoutError(2))
+    for loss in losses[:2]:
+        assert policy.make_decision(no_places) is FailureDecision.RETRY
+        assert policy.make_decision(loss) is FailureDecision.RETRY
+    assert policy.make_decision(losses[2]) is FailureDecision.RAISE
+
+    office, ended = TrainingOffice(), []
+    supervisor = Supervisor(Near(office), recipe, recipe.run_dir)
+    group = SimpleNamespace(
+        get_workers=list, has_started=lambda: True, abort=lambda: ended.append(1)
+    )
+    for number, loss in enumerate(losses, start=1):
+        supervisor.before_worker_group_start(None)
+        supervisor.after_worker_group_start(group)
+        supervisor.after_controller_state_update(SchedulingState(None), ReschedulingState(loss))
+        assert len(ended) == number and not office.is_there()
+    said = [text for level, text in office.news()[1] if level == logging.WARNING]
+    words = ("was lost: its process ended", "lost its connection to another rank")
+    for text, what, number in zip(said, (*words, words[0]), (1, 2, 3), strict=True):
+        assert f"while the workers started, one {what}; restart {number} of 3" in text
+    supervisor.after_controller_state_update(
+        SchedulingState(None), ShuttingDownState(next_state=ErroredState(losses[0]))
+    )
+    error = office.error()
+    assert error is not None and error[0] == "ClusterError" and "loss 4 of workers" in error[1]
+    assert len(ended) == 3, "there is none that starts"
+
+
+free: dict[str, float] = {}
+"""CPUs that are free on each node."""
+
+
+def policy_of(
+    office: TrainingOffice, cpus: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> NodesThatStay:
+    free.clear()
+    free.update(cpus)
+    found = {node: {"NodeID": node, "Alive": True} for node in (*cpus, "lost")}
+    monkeypatch.setattr(ray, "nodes", lambda: list(found.values()))
+    monkeypatch.setattr(elastic, "_answers", lambda node: node["NodeID"] != "lost")
+    monkeypatch.setattr(elastic, "draining_nodes", lambda: {"leaving": 0})
+    monkeypatch.setattr(
+        elastic.ray_state,
+        "available_resources_per_node",
+        lambda: {node: {"CPU": number} for node, number in (free | {"lost": 8.0}).items()},
+    )
+    monkeypatch.setattr(NodesThatStay, "_maybe_send_resource_request", lambda _: None)
+    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1})
+    return NodesThatStay(scaling, Near(office))
+
+
+def group_on(*nodes: str) -> Any:
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in nodes]
+    return SimpleNamespace(workers=workers, num_workers=len(workers), start_time=float("-inf"))
+
+
+def test_places_are_free_or_held_by_the_group_of_before(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On nodes that answer and are not about to be taken away."""
+    policy = policy_of(TrainingOffice(), {"a": 1.0, "b": 0.5, "leaving": 4.0}, monkeypatch)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 1
+    policy.make_decision_for_running_worker_group(group_on("b", "b", "leaving"), None)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    policy.after_controller_state_update(None, ReschedulingState(None))
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 1
+
+
+def test_growth_waits_until_it_is_settled_and_a_step_is_done(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office = TrainingOffice()
+    office.begin_group()
+    policy = policy_of(office, {"a": 1.0, "b": 0.0}, monkeypatch)
+    state = group_on("b")
+
+    def look() -> int | None:
+        policy._latest_monitor_time = float("-inf")
+        decision = policy.make_decision_for_running_worker_group(state, None)
+        return decision.num_workers if isinstance(decision, ResizeDecision) else None
+
+    assert [look(), look()] == [None, None], "not a step is done"
+    office.report((0, 8, ""))
+    office.report((1, 8, ""))
+    assert look() == 2
+    free["a"] = 2.0
+    assert [look(), look()] == [None, 3]
+    free["a"] = 0.0
+    assert [look(), look()] == [None, None], "as many as there are"
