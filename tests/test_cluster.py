@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 START_S = 900
 """Only what hangs takes so many seconds: Ray, its workers and their imports on a busy machine."""
-HANG_S = 45
+HANG_S = 90
 """Longer than a stage of a tiny run takes on a busy machine; where it is not, the run goes on."""
 
 
@@ -124,16 +125,28 @@ def test_a_hung_rank_is_ended_and_a_driver_without_ray_ends_to_go_on(
     processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
     begun = time.monotonic()
     for name in ("gcs_server", "raylet"):
-        [found] = [one for one in processes if one.name() == name]
+        [found] = [one for one in processes if name_of(one) == name]
         found.kill()
     assert finish(process, 55) == 75, log_of(folder)
     assert time.monotonic() - begun < 50, "Ray ends its driver after 60 s, with another code"
     assert "longtail: Ray is gone: " in log_of(folder)
     _, left = psutil.wait_procs(processes, timeout=30)
-    assert [one for one in left if "RayTrainWorker" in " ".join(one.cmdline())] == []
+    assert [one for one in left if "RayTrainWorker" in title_of(one)] == []
 
     assert finish(start(folder, recipe)) == 0, log_of(folder)
     assert_same_end(recipe, undisturbed)
+
+
+def name_of(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name()
+    return ""
+
+
+def title_of(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def wait_for_text(folder: Path, text: str, process: subprocess.Popen[bytes]) -> None:

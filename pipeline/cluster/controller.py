@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
@@ -27,6 +27,7 @@ from pipeline.cluster.elastic import answering_nodes, draining_nodes, nodes_that
 from pipeline.cluster.failures import (
     describe_failures,
     in_words,
+    is_gone,
     is_preemption,
     lost_at_start,
     lost_ranks,
@@ -277,7 +278,10 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
             nodes = answering_nodes()
         except RayError:  # No node is called lost then.
             nodes = [worker.node_id for worker in self._workers.values()]
-        return describe_failures(error.worker_failures, self._workers, nodes)
+        failures, blamed = error.worker_failures, ray.get(self._office.blamed.remote())
+        if blamed is not None and not any(is_gone(one) for one in failures.values()):
+            failures = {**failures, blamed: ActorDiedError()}
+        return describe_failures(failures, self._workers, nodes)
 
     def _from_checkpoint(self) -> str:
         """In words; a checkpoint that cannot be read is passed over, as the workers do."""

@@ -57,6 +57,7 @@ class TrainingOffice(Office):
         self._ended = False
         self._recalled = False
         self._reports = 0
+        self._blamed: int | None = None
         self._left: set[int] = set()
         self._beats: dict[int, tuple[Beat, float]] = {}
 
@@ -64,7 +65,7 @@ class TrainingOffice(Office):
         """Places for workers are asked for; the number of the group."""
         self._group += 1
         self._there = self._ended = self._recalled = False
-        self._reports = 0
+        self._reports, self._blamed = 0, None
         self._left.clear()
         self._beats.clear()
         return self._group
@@ -82,6 +83,15 @@ class TrainingOffice(Office):
         if group == self._group:
             self._ended, self._there = True, False
             self._beats.clear()
+
+    def blame(self, group: int, rank: int) -> None:
+        """The rank hangs, and is about to be ended."""
+        if group == self._group:
+            self._blamed = rank
+
+    def blamed(self) -> int | None:
+        """Which rank is ended because it hung: Ray may tell only of others that lack it."""
+        return self._blamed
 
     def group(self) -> int:
         return self._group

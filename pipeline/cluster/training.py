@@ -177,6 +177,7 @@ def _train(recipe: Recipe, rank: int, office: Any, teachers: list[Any]) -> None:
     here.enter("importing", 0)
     import torch
 
+    here.move()
     from pipeline.training.device import worker_device
     from pipeline.training.loop import train
 

@@ -91,6 +91,7 @@ class Watch:
         if hang is None:
             return
         logger.warning("%s; no rank has moved for cluster.hang_timeout, so it is ended", hang)
+        ray.get(self._office.blame.remote(group, hang.culprit.rank))
         if _end(hang.culprit):
             # Of these workers nothing more is expected; those that follow begin to beat anew.
             ray.get(self._office.end_group.remote(group))

@@ -88,6 +88,19 @@ def test_a_damaged_manifest_is_passed_over_in_words(recipe: Recipe) -> None:
     assert supervisor._from_checkpoint() == "from the beginning"
 
 
+def test_a_rank_that_was_ended_is_named_and_not_who_lacks_it(recipe: Recipe) -> None:
+    office = TrainingOffice()
+    supervisor = Supervisor(Near(office), recipe, recipe.run_dir)
+    lacks = WorkerGroupError("lost", {0: RuntimeError("Connection closed by peer")})
+    supervisor.before_worker_group_start(None)
+    assert supervisor._describe(lacks) == "rank 0 lost its connection to another rank"
+    office.blame(1, 1)
+    assert supervisor._describe(lacks) == "rank 1 was lost: its process ended"
+    supervisor.before_worker_group_start(None)
+    office.blame(1, 1)
+    assert "rank 0" in supervisor._describe(lacks), "that was a group before"
+
+
 def test_what_a_starting_group_loses_is_counted_and_its_places_are_free(recipe: Recipe) -> None:
     gone = WorkerGroupStartupFailedError("At least one failed")
     gone.__cause__ = ActorDiedError()

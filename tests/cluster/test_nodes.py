@@ -1,6 +1,7 @@
 """Nodes that are lost, join and are taken away, under a run with `cluster.workers: [1, 2]`."""
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -133,7 +134,8 @@ def test_nodes_are_lost_and_join_and_are_taken_away(tmp_path: Path) -> None:
         assert process.wait(timeout=PATIENCE_S) == 0, log.read_text()
 
     said = log.read_text()
-    assert "was lost with its node; restart 1 of 3, from step 5" in said
+    # Of a fast machine the second checkpoint may be there before the node is lost.
+    assert re.search(r"was lost with its node; restart 1 of 3, from step (5|10)\b", said), said
     assert "restart 2" not in said, "a node that is announced to go is no failure"
     assert "will be taken away in" in said
     manifests = [read_manifest(directory) for directory in list_checkpoints(recipe.run_dir)]
