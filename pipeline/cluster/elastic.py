@@ -7,6 +7,8 @@ about to be taken away, or full of other actors, and waits for them in vain.
 
 import socket
 import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -21,11 +23,13 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.cluster.failures import lost_at_start
+from pipeline.recipe import Recipe
 
 GROW_S = 20.0
 """Seconds between two looks whether nodes have joined; two in a row have to find as many."""
 NODE_PATIENCE_S = 2.0
 """How long a node may take to accept a connection."""
+_ROUNDING = 1e-6
 _LOOK_S = 1.0
 """Seconds between two looks while there are too few places."""
 
@@ -47,8 +51,13 @@ class Trainer(TorchTrainer):
         assert expected, "another Ray than constraints.txt has"
         arguments["failure_policy"] = StartsAgain(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
-            office = self.train_loop_config["office"]
-            arguments["scaling_policy"] = NodesThatStay(self.scaling_config, office)
+            given = self.train_loop_config
+            arguments["scaling_policy"] = NodesThatStay(
+                self.scaling_config,
+                given["office"],
+                Recipe.model_validate_json(given["recipe"]),
+                given["teachers"],
+            )
         return super()._initialize_and_run_controller(**arguments)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -73,9 +82,11 @@ class StartsAgain(DefaultFailurePolicy):
 class NodesThatStay(ElasticScalingPolicy):
     """Ray's elastic policy, with places counted on the nodes of `nodes_that_stay`."""
 
-    def __init__(self, scaling_config: Any, office: Any) -> None:
+    def __init__(
+        self, scaling_config: Any, office: Any, recipe: Recipe, teachers: Sequence[Any]
+    ) -> None:
         super().__init__(scaling_config)
-        self._office = office
+        self._office, self._recipe, self._teachers = office, recipe, teachers
         self._growth: int | None = None
         """The number of workers, greater than now, that there was place for at the last look."""
         self._held: dict[str, int] = {}
@@ -116,20 +127,62 @@ class NodesThatStay(ElasticScalingPolicy):
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         """What each node that stays has for workers: free, or held by those of before.
 
-        None, for which nothing is decided, where Ray does not answer.
+        Without what others of the run wait for. None, for which nothing is decided, where Ray does
+        not answer.
         """
         need = self.scaling_config._resources_per_worker_not_none
         try:
             free, stay = ray_state.available_resources_per_node(), nodes_that_stay()
+            teachers, evaluation = self._needs_of_teachers(), self._need_of_evaluation()
         except RayError:
             return None
-        return {
-            node: {
-                key: free.get(node, {}).get(key, 0.0) + self._held.get(node, 0) * amount + 1e-6
-                for key, amount in need.items()
-            }
-            for node in stay
-        }
+        places = {node: Counter(free.get(node, {})) for node in stay}
+        for node, place in places.items():
+            for key, amount in need.items():
+                place[key] += self._held.get(node, 0) * amount + _ROUNDING
+        for teacher in teachers:
+            _take(places.values(), teacher, need)
+        taken = _take(places.values(), evaluation, need)
+        if sum(_count(one, need) for one in places.values()) < self.scaling_config.min_workers:
+            taken.update(evaluation)  # It never stops the training.
+        return {node: {key: place[key] for key in need} for node, place in places.items()}
+
+    def _needs_of_teachers(self) -> list[Counter[str]]:
+        """What those reserve that are being begun anew."""
+        section = self._recipe.teacher
+        each = Counter({"CPU": section.cpus_per_actor, "GPU": section.gpus_per_actor})
+        return [each for actor in self._teachers if not _is_alive(actor)]
+
+    def _need_of_evaluation(self) -> Counter[str]:
+        """What the next one beside the training reserves; nothing while one has its place."""
+        section = self._recipe.evaluation
+        is_live = self._recipe.data.validation is not None and section.every > 0
+        if not is_live or ray.get(self._office.is_evaluating.remote()):
+            return Counter()
+        return Counter({"CPU": section.cpus, "GPU": section.gpus})
+
+
+def _take(
+    places: Collection[Counter[str]], other: Counter[str], need: Mapping[str, float]
+) -> Counter[str]:
+    """Where `other` fits and costs the fewest workers, which has so much less then.
+
+    A place of nothing where it fits nowhere: it waits in any case.
+    """
+    fitting = [place for place in places if place >= other]
+    costs = [_count(place, need) - _count(place - other, need) for place in fitting]
+    best = fitting[costs.index(min(costs))] if fitting else Counter()
+    best.subtract(other)
+    return best
+
+
+def _count(place: Mapping[str, float], need: Mapping[str, float]) -> float:
+    return min((place[key] // amount for key, amount in need.items() if amount), default=0.0)
+
+
+def _is_alive(actor: Any) -> bool:
+    found = ray_state.state.actor_table(actor._actor_id.hex())
+    return bool(found.get("State") == "ALIVE")
 
 
 def draining_nodes() -> dict[str, int]:

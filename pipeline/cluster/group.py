@@ -56,6 +56,7 @@ class TrainingOffice(Office):
         self._there = False
         self._ended = False
         self._recalled = False
+        self._evaluates = False
         self._reports = 0
         self._blamed: int | None = None
         self._left: set[int] = set()
@@ -83,6 +84,14 @@ class TrainingOffice(Office):
         if group == self._group:
             self._ended, self._there = True, False
             self._beats.clear()
+
+    def evaluates(self, is_under_way: bool) -> None:
+        """An evaluation beside the training has begun, or the last has ended."""
+        self._evaluates = is_under_way
+
+    def is_evaluating(self) -> bool:
+        """Whether an evaluation has its place already."""
+        return self._evaluates
 
     def blame(self, group: int, rank: int) -> None:
         """The rank hangs, and is about to be ended."""

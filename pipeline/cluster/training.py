@@ -70,7 +70,8 @@ def train_on_cluster(
     try:
         with wish_to_stop(stop) as wish, closing(LiveEvaluation(recipe, evaluate)) as live:
             thread.start()
-            asked, watch = False, Watch(office, recipe.cluster.hang_timeout)
+            watch = Watch(office, recipe.cluster.hang_timeout)
+            asked = evaluates = False
             while thread.is_alive():
                 thread.join(POLL_S)
                 if wish.is_set() and not asked:
@@ -82,7 +83,9 @@ def train_on_cluster(
                         "newest checkpoint"
                     )
                 show(office, on_progress)
-                live.poll()
+                if live.poll() != evaluates:
+                    evaluates = not evaluates
+                    office.evaluates.remote(evaluates)
                 watch.look()
             if not failure:
                 live.drain(wish)

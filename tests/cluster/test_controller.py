@@ -1,6 +1,7 @@
 """What Ray Train's controller is told to do and to say, without a cluster."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,8 +143,13 @@ free: dict[str, float] = {}
 
 
 def policy_of(
-    office: TrainingOffice, cpus: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    office: TrainingOffice,
+    cpus: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    teachers: Sequence[bool] = (),
 ) -> NodesThatStay:
+    """`teachers`: which of them live."""
     free.clear()
     free.update(cpus)
     found = {node: {"NodeID": node, "Alive": True} for node in (*cpus, "lost")}
@@ -157,7 +163,8 @@ def policy_of(
     )
     monkeypatch.setattr(NodesThatStay, "_maybe_send_resource_request", lambda _: None)
     scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1})
-    return NodesThatStay(scaling, Near(office))
+    monkeypatch.setattr(elastic, "_is_alive", lambda lives: lives)
+    return NodesThatStay(scaling, Near(office), recipe, teachers)
 
 
 def group_on(*nodes: str) -> Any:
@@ -169,7 +176,8 @@ def test_places_are_free_or_held_by_the_group_of_before(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On nodes that answer and are not about to be taken away."""
-    policy = policy_of(TrainingOffice(), {"a": 1.0, "b": 0.5, "leaving": 4.0}, monkeypatch)
+    cpus = {"a": 1.0, "b": 0.5, "leaving": 4.0}
+    policy = policy_of(TrainingOffice(), cpus, monkeypatch, recipe)
     assert policy.make_decision_for_non_running_worker_group().num_workers == 1
     policy.make_decision_for_running_worker_group(group_on("b", "b", "leaving"), None)
     assert policy.make_decision_for_non_running_worker_group().num_workers == 3
@@ -177,12 +185,41 @@ def test_places_are_free_or_held_by_the_group_of_before(
     assert policy.make_decision_for_non_running_worker_group().num_workers == 1
 
 
+def test_places_of_teachers_and_evaluations_are_left_to_them(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = recipe.teacher.model_copy(update={"cpus_per_actor": 0.5})
+    evaluation = recipe.evaluation.model_copy(update={"every": 2, "cpus": 2})
+    data = recipe.data.model_copy(update={"validation": recipe.data.train[0]})
+    recipe = recipe.model_copy(update={"teacher": teacher})
+
+    office = TrainingOffice()
+
+    def count(changed: Recipe, *teachers: bool) -> int:
+        cpus = {"a": 3.0, "b": 1.5, "c": 1.0}
+        policy = policy_of(office, cpus, monkeypatch, changed, teachers)
+        return int(policy.make_decision_for_non_running_worker_group().num_workers)
+
+    assert count(recipe, True, True) == 5
+    assert count(recipe, True, False) == 5, "it finds its place in what no worker can use"
+    assert [count(recipe, *[False] * number) for number in (2, 3)] == [4, 4]
+    live = recipe.model_copy(update={"evaluation": evaluation})
+    assert count(live) == 5, "without data to evaluate on"
+    live = live.model_copy(update={"data": data})
+    assert count(live) == 3
+    assert count(live, *[False] * 3) == 2, "teachers and evaluation"
+    monkeypatch.setattr(ScalingConfig, "min_workers", 4)
+    assert count(live) == 5, "it does not stop the training"
+    office.evaluates(True)
+    assert count(live) == 5, "it has its place already"
+
+
 def test_growth_waits_until_it_is_settled_and_a_step_is_done(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office = TrainingOffice()
     office.begin_group()
-    policy = policy_of(office, {"a": 1.0, "b": 0.0}, monkeypatch)
+    policy = policy_of(office, {"a": 1.0, "b": 0.0}, monkeypatch, recipe)
     state = group_on("b")
 
     def look() -> int | None:
