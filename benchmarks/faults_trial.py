@@ -203,6 +203,7 @@ def figures(trial: Trial, undisturbed: Trial, survived: bool) -> dict[str, objec
     files = trial.result().files if survived else {}
     return {
         "survived": survived,
+        "attempts": ledger.attempts,
         "lost": reference.beyond(ledger).total() if survived else None,
         "repeated": ledger.beyond(reference).total() if survived else None,
         "redone": len(ledger.redone),

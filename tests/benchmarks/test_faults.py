@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("training.steps=12", "training.checkpoint_every=4")
 
 
 @pytest.fixture
@@ -53,17 +54,25 @@ def test_every_row_stands_in_the_catalogue(faults) -> None:  # type: ignore[no-u
 @pytest.mark.slow
 def test_a_killed_worker_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/faults.py", "--work", str(tmp_path), "--only"]
-    done = subprocess.run(
-        [*command, "worker_killed", *SMALL],
+    program = psutil.Popen(
+        [*command, "worker_killed"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=1500,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        said, _ = program.communicate(timeout=1500)
+    except subprocess.TimeoutExpired:
+        # The training is in a session of its own and would stay.
+        for process in (*program.children(recursive=True), program):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
+    assert program.returncode == 0, said
     found = json.loads((tmp_path / "results.json").read_text())["worker_killed"]
     assert found["survived"] and found["equal"] and found["sha256"]
-    assert found["lost"] == found["repeated"] == found["differing"] == 0 < found["redone"]
-    assert "| worker killed | yes | 0 | 0 |" in done.stdout
+    assert found["lost"] == found["repeated"] == found["differing"] == 0
+    assert found["attempts"] >= 2
+    assert "| worker killed | yes | 0 | 0 |" in said
