@@ -1,7 +1,11 @@
 """What storage does wrong: passing faults are tried again, lasting ones name the URL."""
 
 import builtins
+import http.server
 import logging
+import shutil
+import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +27,7 @@ from pipeline.data.storage.files import (
     read_bytes,
     read_range,
 )
-from pipeline.data.storage.transient import persist
+from pipeline.data.storage.transient import is_passing, persist
 from pipeline.errors import RecipeError, StorageError
 
 
@@ -76,6 +80,45 @@ def test_what_would_fail_again_is_not_tried_again(server: FaultyServer, status: 
     with pytest.raises(error, match="file"):
         read_range(f"{server.url}/file", 0, 10)
     assert len(server.requests) == 1
+
+
+def _wrapped(cause: BaseException, link: str) -> BaseException:
+    """A connection error as packages make one of an error of TLS."""
+    if link == "argument":
+        return ConnectionError(cause)
+    error = ConnectionError("cannot connect")
+    setattr(error, f"__{link}__", cause)
+    return error
+
+
+@pytest.mark.parametrize("link", ["argument", "cause", "context"])
+def test_a_certificate_that_is_refused_would_be_again(link: str) -> None:
+    refused = ssl.SSLCertVerificationError("self-signed certificate")
+    for error in (refused, _wrapped(refused, link), _wrapped(_wrapped(refused, link), link)):
+        assert not is_passing(error)
+    assert is_passing(_wrapped(ssl.SSLEOFError("cut in the handshake"), link))
+
+
+def test_a_web_server_whose_certificate_is_refused(waits: list[float], tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate, and is not installed")
+    pair = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-keyout", str(pair[0]), "-out", str(pair[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair[1], pair[0])
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    ) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_address[1]}/x"
+        with pytest.raises(StorageError, match=f"cannot read {url}: .*[Cc]ertificate"):
+            read_bytes(url)
+        server.shutdown()
+    assert not waits
 
 
 def test_a_missing_file_and_a_server_fault_differ(server: FaultyServer) -> None:
