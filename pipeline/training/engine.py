@@ -357,7 +357,7 @@ def _config(section: Training, accumulation: int, num_elements: int) -> dict[str
             "memory_efficient_linear": section.precision == "float32",
             **offload,
         },
-        # Also where the forward pass is in bfloat16: what is small in a sum would be lost in it.
+        # Gradients are float32, as weights are, and so is DeepSpeed's default; this pins it.
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own AdamW for the host is compiled at first use; PyTorch's is there.
