@@ -28,14 +28,16 @@ def half_written(trial: Trial) -> bool:
 def kill_in_save(trial: Trial) -> None:
     """SIGKILL to both workers while a checkpoint is on its way; returns at the next new step."""
     folder = trial.run_dir / "checkpoints"
+    left = set(folder.glob(".step_*.tmp"))
+    """By an earlier kill; a save has a new name each time."""
     while True:
         trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
         workers = trial.processes(WORKER)
-        _spin("a save", lambda: any(folder.glob(".step_*.tmp")), trial)
+        _spin("a save", lambda: set(folder.glob(".step_*.tmp")) - left, trial)
         for worker in workers:
             worker.suspend()
         # Stopped, so that what is seen now is what the kill leaves.
-        partial = list(folder.glob(".step_*.tmp"))
+        partial = sorted(set(folder.glob(".step_*.tmp")) - left)
         if partial:
             break
         for worker in workers:
@@ -47,7 +49,7 @@ def kill_in_save(trial: Trial) -> None:
     back()
 
 
-def _spin(what: str, condition: Callable[[], bool], trial: Trial) -> None:
+def _spin(what: str, condition: Callable[[], object], trial: Trial) -> None:
     """As `Trial.wait`, looking more often: a save of so small a model takes milliseconds."""
     while not condition():
         assert trial.process.poll() is None, f"ended before {what}"

@@ -27,23 +27,25 @@ def faults(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
 def test_the_table_hides_nothing(faults) -> None:  # type: ignore[no-untyped-def]
     good = {
-        "survived": True, "lost": 0, "repeated": 0, "redone": 2, "seconds": [5.4], "commands": 1,
-        "equal": True,
+        "survived": True, "lost": 0, "repeated": 0, "redone": 2, "differing": 0, "seconds": [5.4],
+        "commands": 1, "equal": True,
     }  # fmt: skip
-    table = faults.markdown(
-        {
-            "worker_killed": good,
-            "sigterm": {**good, "lost": 3, "equal": False},
-            "rank_hangs": {"not_available": "no such key"},
-            "store_gone": {"survived": False, "notes": ["AssertionError"]},
-        }
-    )
-    _, _, *rows = table.splitlines()
+    results = {
+        "worker_killed": good,
+        "sigterm": {**good, "lost": 3, "equal": False},
+        "rank_hangs": {"not_available": "no such key"},
+        "half_written": {**good, "differing": 1},
+        "store_gone": {"survived": False, "notes": ["AssertionError"]},
+    }
+    assert [faults.passed(found) for found in results.values()] == [True, False, True, False, False]
+    assert not faults.passed({**good, "repeated": 1})
+    _, _, *rows = faults.markdown(results).splitlines()
     assert [row.split(" | ")[1].rstrip(" |") for row in rows] == [
-        "yes", "yes", "not run: no such key", "no",
+        "yes", "yes", "not run: no such key", "yes", "no",
     ]  # fmt: skip
     assert rows[0].endswith("| 0 | 0 | 2 | 5 | 1 | yes |")
     assert rows[1].endswith("| 3 | 0 | 2 | 5 | 1 | NO |")
+    assert rows[3].endswith("| 0 | 0 | 2 (1 NOT THE SAME) | 5 | 1 | yes |")
 
 
 def test_every_row_stands_in_the_catalogue(faults) -> None:  # type: ignore[no-untyped-def]
