@@ -13,6 +13,9 @@ from faults_trial import WORKER, NotAvailable, Trial
 from pipeline.training.manifest import list_checkpoints, newest_verified
 
 OUTAGE_S = 60.0
+SLOW_S = 3.0
+STEPS_AHEAD = 5
+"""Steps whose samples are there or asked for, at most, with one request at a time."""
 FULL_S = 12.0
 DISK_MB = 24
 LEFT_BYTES = 200_000
@@ -99,37 +102,62 @@ def disk_full(trial: Trial) -> bool:
     return trial.finish()
 
 
-def _with_store(trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]) -> bool:
-    """Shards come from a store in which a fault begins and, a while later, ends."""
+def _with_store(trial: Trial, fault: Callable[[Store], None]) -> bool:
+    """Shards come from a store, to which `fault` happens in mid-training."""
     with Store(trial.work / "world" / "shards") as store:
-        trial.overrides += [f"data.shards={store.url}", "data.reading.how=ranges"]
+        # One request at a time, so that little of what is left of so short a run is there already.
+        trial.overrides += [
+            f"data.shards={store.url}", "data.reading.how=ranges", "data.reading.in_flight=1",
+        ]  # fmt: skip
         trial.start()
         trial.wait_for_step(trial.middle)
+        fault(store)
+        trial.notes.append(f"{store.failed} of {store.requests} requests failed")
+        return trial.finish()
+
+
+def store_slow(trial: Trial) -> bool:
+    """Each answer comes late, until a step was made of what was asked for since."""
+
+    def fault(store: Store) -> None:
+        back = trial.recovery(restarts=False, under_way=STEPS_AHEAD)
+        store.be_slow(SLOW_S)
+        back()
+        store.be_slow(0.0)
+        assert trial.seconds[-1] > SLOW_S, trial.seconds
+        trial.notes.append(
+            f"each answer took {SLOW_S:.0f} s; seconds are those of {STEPS_AHEAD + 1} steps"
+        )
+
+    return _with_store(trial, fault)
+
+
+def _outage(
+    trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]
+) -> Callable[[Store], None]:
+    """A fault that ends after a while, in which all that was read ahead is used up."""
+
+    def fault(store: Store) -> None:
         begin(store)
         time.sleep(OUTAGE_S)
         back = trial.recovery(restarts=False)
         end(store)
         back()
-        trial.notes.append(
-            f"for {OUTAGE_S:.0f} s, and seconds are from its end; {store.failed} of "
-            f"{store.requests} requests failed"
-        )
-        return trial.finish()
+        trial.notes.append(f"for {OUTAGE_S:.0f} s, and seconds are from its end")
 
-
-def store_slow(trial: Trial) -> bool:
-    """Each answer comes after three seconds."""
-    return _with_store(trial, lambda store: store.be_slow(3.0), lambda store: store.be_slow(0.0))
+    return fault
 
 
 def store_errors(trial: Trial) -> bool:
     """Every answer is 500."""
-    return _with_store(trial, lambda store: store.answer_with(500), Store.answer_files)
+    return _with_store(
+        trial, _outage(trial, lambda store: store.answer_with(500), Store.answer_files)
+    )
 
 
 def store_gone(trial: Trial) -> bool:
     """Nobody listens."""
-    return _with_store(trial, Store.leave, Store.come_back)
+    return _with_store(trial, _outage(trial, Store.leave, Store.come_back))
 
 
 def unmount(trial: Trial) -> None:
