@@ -229,6 +229,9 @@ class Engine:
             for flat in self._optimizer_tensors():
                 assert flat.grad is not None
                 flat.grad.zero_()
+            # Stage 2 adds up micro-batches elsewhere, on what is there unless it is the first.
+            for added_up in getattr(self._optimizer, "accumulated_grads_in_cpu", {}).values():
+                added_up.zero_()
         if math.isfinite(norm):
             for name, average in self._averages.items():
                 fragment = self._fragments[name]
