@@ -13,6 +13,9 @@ from faults_trial import WORKER, NotAvailable, Trial
 from pipeline.training.manifest import list_checkpoints, newest_verified
 
 OUTAGE_S = 60.0
+SLOW_S = 3.0
+STEPS_AHEAD = 5
+"""Steps whose samples are there or asked for, at most, with one request at a time."""
 FULL_S = 12.0
 DISK_MB = 24
 LEFT_BYTES = 200_000
@@ -28,14 +31,16 @@ def half_written(trial: Trial) -> bool:
 def kill_in_save(trial: Trial) -> None:
     """SIGKILL to both workers while a checkpoint is on its way; returns at the next new step."""
     folder = trial.run_dir / "checkpoints"
+    left = set(folder.glob(".step_*.tmp"))
+    """By an earlier kill; a save has a new name each time."""
     while True:
         trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
         workers = trial.processes(WORKER)
-        _spin("a save", lambda: any(folder.glob(".step_*.tmp")), trial)
+        _spin("a save", lambda: set(folder.glob(".step_*.tmp")) - left, trial)
         for worker in workers:
             worker.suspend()
         # Stopped, so that what is seen now is what the kill leaves.
-        partial = list(folder.glob(".step_*.tmp"))
+        partial = sorted(set(folder.glob(".step_*.tmp")) - left)
         if partial:
             break
         for worker in workers:
@@ -47,7 +52,7 @@ def kill_in_save(trial: Trial) -> None:
     back()
 
 
-def _spin(what: str, condition: Callable[[], bool], trial: Trial) -> None:
+def _spin(what: str, condition: Callable[[], object], trial: Trial) -> None:
     """As `Trial.wait`, looking more often: a save of so small a model takes milliseconds."""
     while not condition():
         assert trial.process.poll() is None, f"ended before {what}"
@@ -97,37 +102,62 @@ def disk_full(trial: Trial) -> bool:
     return trial.finish()
 
 
-def _with_store(trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]) -> bool:
-    """Shards come from a store in which a fault begins and, a while later, ends."""
+def _with_store(trial: Trial, fault: Callable[[Store], None]) -> bool:
+    """Shards come from a store, to which `fault` happens in mid-training."""
     with Store(trial.work / "world" / "shards") as store:
-        trial.overrides += [f"data.shards={store.url}", "data.reading.how=ranges"]
+        # One request at a time, so that little of what is left of so short a run is there already.
+        trial.overrides += [
+            f"data.shards={store.url}", "data.reading.how=ranges", "data.reading.in_flight=1",
+        ]  # fmt: skip
         trial.start()
         trial.wait_for_step(trial.middle)
+        fault(store)
+        trial.notes.append(f"{store.failed} of {store.requests} requests failed")
+        return trial.finish()
+
+
+def store_slow(trial: Trial) -> bool:
+    """Each answer comes late, until a step was made of what was asked for since."""
+
+    def fault(store: Store) -> None:
+        back = trial.recovery(restarts=False, under_way=STEPS_AHEAD)
+        store.be_slow(SLOW_S)
+        back()
+        store.be_slow(0.0)
+        assert trial.seconds[-1] > SLOW_S, trial.seconds
+        trial.notes.append(
+            f"each answer took {SLOW_S:.0f} s; seconds are those of {STEPS_AHEAD + 1} steps"
+        )
+
+    return _with_store(trial, fault)
+
+
+def _outage(
+    trial: Trial, begin: Callable[[Store], None], end: Callable[[Store], None]
+) -> Callable[[Store], None]:
+    """A fault that ends after a while, in which all that was read ahead is used up."""
+
+    def fault(store: Store) -> None:
         begin(store)
         time.sleep(OUTAGE_S)
         back = trial.recovery(restarts=False)
         end(store)
         back()
-        trial.notes.append(
-            f"for {OUTAGE_S:.0f} s, and seconds are from its end; {store.failed} of "
-            f"{store.requests} requests failed"
-        )
-        return trial.finish()
+        trial.notes.append(f"for {OUTAGE_S:.0f} s, and seconds are from its end")
 
-
-def store_slow(trial: Trial) -> bool:
-    """Each answer comes after three seconds."""
-    return _with_store(trial, lambda store: store.be_slow(3.0), lambda store: store.be_slow(0.0))
+    return fault
 
 
 def store_errors(trial: Trial) -> bool:
     """Every answer is 500."""
-    return _with_store(trial, lambda store: store.answer_with(500), Store.answer_files)
+    return _with_store(
+        trial, _outage(trial, lambda store: store.answer_with(500), Store.answer_files)
+    )
 
 
 def store_gone(trial: Trial) -> bool:
     """Nobody listens."""
-    return _with_store(trial, Store.leave, Store.come_back)
+    return _with_store(trial, _outage(trial, Store.leave, Store.come_back))
 
 
 def unmount(trial: Trial) -> None:

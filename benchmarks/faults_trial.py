@@ -200,9 +200,15 @@ def figures(trial: Trial, undisturbed: Trial, survived: bool) -> dict[str, objec
     """A row of the table: what the run's ledger and last checkpoint say beside the undisturbed."""
     ledger = read_samples(trial.run_dir)
     reference = read_samples(undisturbed.run_dir)
+    training = undisturbed.recipe.training
+    # What both runs lost would not be seen in a comparison of the two.
+    totals = [record.samples.total() for record in reference.counted.values()]
+    assert not reference.missing(training.steps), f"steps are missing of {undisturbed.name}"
+    assert totals == [training.batch_size] * training.steps, f"{undisturbed.name}: {totals}"
     files = trial.result().files if survived else {}
     return {
         "survived": survived,
+        "attempts": ledger.attempts,
         "lost": reference.beyond(ledger).total() if survived else None,
         "repeated": ledger.beyond(reference).total() if survived else None,
         "redone": len(ledger.redone),

@@ -149,7 +149,8 @@ def save(
 
     with_room(directory, sum(tensor.nbytes for tensor in tensors), attempt)
     verify(directory)
-    keep_newest(recipe.run_dir, recipe.training.keep_checkpoints, directory)
+    keep = recipe.training.keep_checkpoints
+    with_room(directory, 0, lambda: keep_newest(recipe.run_dir, keep, directory))
     return directory
 
 

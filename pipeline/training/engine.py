@@ -229,6 +229,9 @@ class Engine:
             for flat in self._optimizer_tensors():
                 assert flat.grad is not None
                 flat.grad.zero_()
+            # Stage 2 adds up micro-batches elsewhere, on what is there unless it is the first.
+            for added_up in getattr(self._optimizer, "accumulated_grads_in_cpu", {}).values():
+                added_up.zero_()
         if math.isfinite(norm):
             for name, average in self._averages.items():
                 fragment = self._fragments[name]
@@ -357,7 +360,7 @@ def _config(section: Training, accumulation: int, num_elements: int) -> dict[str
             "memory_efficient_linear": section.precision == "float32",
             **offload,
         },
-        # Also where the forward pass is in bfloat16: what is small in a sum would be lost in it.
+        # Gradients are float32, as weights are, and so is DeepSpeed's default; this pins it.
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own AdamW for the host is compiled at first use; PyTorch's is there.

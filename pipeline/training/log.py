@@ -61,7 +61,6 @@ def write_category_maps(run_dir: Path, maps: Mapping[str, CategoryMap]) -> None:
     """`category_maps/SOURCE.csv` of each source whose categories are not the detector's own."""
     for name, found in maps.items():
         if not found.is_identity:
-            (run_dir / "category_maps").mkdir(parents=True, exist_ok=True)
             write_atomically(run_dir / "category_maps" / f"{name}.csv", found.to_csv())
 
 

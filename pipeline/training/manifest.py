@@ -271,8 +271,13 @@ def remove_unfinished(run_dir: Path) -> None:
 
 def request_evaluation(directory: Path) -> None:
     """Mark a checkpoint, until `evaluation_done`, as one that waits for its evaluation."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _request(directory).touch()
+    mark = _request(directory)
+
+    def write() -> None:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+    with_room(mark, 0, write)
 
 
 def evaluation_done(directory: Path) -> None:
@@ -290,11 +295,17 @@ def _request(directory: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file: the old one or the new one is there at any time, never a part.
+    """Write a small file, with its folder: the old one or the new one is there at any time, never a
+    part.
 
-    On a full disk see `with_room`.
+    On a disk that is full or fails see `with_room`.
     """
-    with_room(path, len(text), lambda: _write_whole(path, text))
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, text)
+
+    with_room(path, len(text), write)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -121,13 +121,18 @@ def _read_offset(run_dir: Path) -> int:
 
 def _write_offset(run_dir: Path, offset: int) -> None:
     partial, text = run_dir / f"{_PASSED_ON}.tmp", str(offset)
-    with_room(partial, len(text), lambda: partial.write_text(text))
-    partial.replace(run_dir / _PASSED_ON)
+
+    def write() -> None:
+        partial.write_text(text)
+        partial.replace(run_dir / _PASSED_ON)
+
+    with_room(partial, len(text), write)
 
 
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
     """Only one process at a time appends or rewrites: a line must not go to a file that is gone."""
-    with (run_dir / ".metrics_lock").open("a") as lock:
+    path = run_dir / ".metrics_lock"
+    with with_room(path, 0, lambda: path.open("a")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

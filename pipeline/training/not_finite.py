@@ -34,12 +34,7 @@ def report_skipped(
     batch = gather_strings([sample for one in batches for sample in one.sample_ids])
     path = run_dir / FOLDER / f"step_{step:08d}.json"
     tree = {"step": step, "loss_not_finite": found, "batch": batch}
-
-    def write() -> None:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(tree, indent=1))
-
-    on_first_rank(write)
+    on_first_rank(lambda: write_atomically(path, json.dumps(tree, indent=1)))
     cause = "by their loss" if found else "by a gradient, so any of the batch"
     chosen = found or batch
     more = f" and {len(chosen) - _SHOWN} more" if len(chosen) > _SHOWN else ""

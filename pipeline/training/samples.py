@@ -68,10 +68,17 @@ def open_samples(run_dir: Path, start: int) -> SampleLog:
 
 @dataclass
 class StepRecord:
-    """A step of one attempt over all ranks: its samples, and each rank's digest of its loss."""
+    """A step of one attempt over all ranks: its samples, each rank's digest of its loss, and how
+    many ranks there were (0 where the line that says so was cut short)."""
 
     samples: Counter[Sample] = field(default_factory=Counter)
     losses: dict[int, str] = field(default_factory=dict)
+    world_size: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank has written its line."""
+        return len(self.losses) == self.world_size
 
 
 @dataclass
@@ -103,11 +110,13 @@ class SampleLedger:
 def read_samples(run_dir: Path) -> SampleLedger:
     """The ledger of a run, in which an attempt undoes what came after the step it began from."""
     starts: dict[int, int] = {}
+    world_sizes: dict[int, int] = {}
     done: dict[int, dict[int, StepRecord]] = {}
     for rank, line in _lines_by_rank(run_dir):
         steps = done.setdefault(line["attempt"], {})
         if "start" in line:
             starts[line["attempt"]] = line["start"]
+            world_sizes[line["attempt"]] = line["world_size"]
             continue
         record = steps.setdefault(line["step"], StepRecord())
         record.samples.update((str(name), int(seed)) for name, seed in line["samples"])
@@ -117,6 +126,8 @@ def read_samples(run_dir: Path) -> SampleLedger:
     redone, differing = [], []
     for attempt, steps in sorted(done.items()):
         start = starts.get(attempt, min(steps, default=1) - 1)
+        for record in steps.values():
+            record.world_size = world_sizes.get(attempt, 0)
         counted = {step: record for step, record in counted.items() if step <= start}
         for step in sorted(steps.keys() & earlier.keys()):
             redone.append(step)
@@ -129,9 +140,13 @@ def read_samples(run_dir: Path) -> SampleLedger:
 
 def _alike(first: StepRecord, second: StepRecord) -> bool:
     """Whether a step was the same again, as far as lines of it were written."""
-    if first.losses.keys() == second.losses.keys():
-        return first.samples == second.samples and first.losses == second.losses
-    # Another world size, or a kill that came between the lines of two ranks.
+    if first.world_size == second.world_size:
+        shared = first.losses.keys() & second.losses.keys()
+        if any(first.losses[rank] != second.losses[rank] for rank in shared):
+            return False
+    if first.is_whole and second.is_whole:
+        return first.samples == second.samples
+    # A kill came between the lines of two ranks.
     return not first.samples - second.samples or not second.samples - first.samples
 
 

@@ -30,13 +30,18 @@ def with_room(path: Path, num_bytes: int, attempt: Callable[[], Result]) -> Resu
     """`attempt()`, which writes about `num_bytes` at `path` and leaves nothing when it fails.
 
     Tried again after each of `WAITS_S` while the disk, or the user's quota on it, is full; then
-    raises `StorageError`. Any other error is raised at once.
+    raises `StorageError`, as it does at once where the disk fails in another way.
     """
     for number, wait in enumerate((*WAITS_S, None), start=1):
         here.move()
         try:
             return attempt()
         except (OSError, StorageError) as error:
+            if isinstance(error, OSError) and not _is_full(error):
+                raise StorageError(
+                    f"{path} could not be written: {error}. What was saved before is intact; see "
+                    "to that disk and run the same command again"
+                ) from error
             if not _is_full(error):
                 raise
             state = f"{path} needs {_size(num_bytes)} and its disk has {_free(path)} free"

@@ -1,6 +1,7 @@
 """Prepared sources of coloured images, and images that cannot be read."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from coloured_world import VOCABULARY, make_index
 from pipeline.data.images import decode_pixels
 from pipeline.data.sample import UNLABELLED
 from pipeline.data.shards.index import Index
+from pipeline.data.storage import transient
 from pipeline.data.stream import reader as reader_module
 from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import DataError
@@ -39,6 +41,15 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[bytes]:
 
     monkeypatch.setattr(reader_module, "decode_pixels", decode)
     return refused
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits between tries, on a clock that only they move: tries that take long change nothing."""
+    found: list[float] = []
+    clock = SimpleNamespace(sleep=found.append, monotonic=lambda: sum(found))
+    monkeypatch.setattr(transient, "time", clock)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -79,11 +79,10 @@ class PassingServer:
 
 
 def use_store(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """Let s3:// mean the store behind `url`, with short waits and a cache of its own."""
+    """Let s3:// mean the store behind `url`, with short first waits and a cache of its own."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(transient, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(transient, "PATIENCE_S", 3.0)

@@ -16,8 +16,8 @@ from pipeline.training.samples import SampleLedger, read_samples
 Line = dict[str, object]
 
 
-def begin(attempt: int, start: int) -> Line:
-    return {"attempt": attempt, "start": start, "world_size": 2}
+def begin(attempt: int, start: int, world_size: int = 2) -> Line:
+    return {"attempt": attempt, "start": start, "world_size": world_size}
 
 
 def step(attempt: int, number: int, *seeds: int, loss: str = "a") -> Line:
@@ -94,6 +94,21 @@ def test_a_kill_between_two_ranks_and_in_a_line(tmp_path: Path) -> None:
     found = read_samples(tmp_path / "run")
     assert found.redone == [2] and not found.differing
     assert found.counted[2].samples == {("train/20", 20): 1, ("train/21", 21): 1}
+
+
+@pytest.mark.parametrize(("seeds", "differing"), [((20, 21), []), ((20, 22), [2]), ((20,), [2])])
+def test_a_step_that_other_ranks_do_again(
+    tmp_path: Path, seeds: tuple[int, ...], differing: list[int]
+) -> None:
+    """Two ranks, then one, which has all samples and another loss."""
+    after = [begin(2, 1, world_size=1), step(2, 2, *seeds, loss="b")]
+    first = [begin(1, 0), step(1, 1, 10), step(1, 2, 20)]
+    second = [begin(1, 0), step(1, 1, 11), step(1, 2, 21)]
+    found = ledger(tmp_path / "run", [*first, *after], second)
+    assert found.redone == [2] and found.differing == differing
+    # The second rank of the first attempt was killed before its line.
+    cut = ledger(tmp_path / "cut", [*first, *after], second[:2])
+    assert cut.redone == [2] and not cut.differing
 
 
 def test_a_run_that_is_stopped_and_damaged_counts_the_plan_once(module_path: Path) -> None:

@@ -19,7 +19,12 @@ from pipeline.errors import StorageError
 from pipeline.training import space
 from pipeline.training.agreement import on_first_rank
 from pipeline.training.checkpoint import load_state
-from pipeline.training.manifest import newest_verified, verify, write_atomically
+from pipeline.training.manifest import (
+    newest_verified,
+    request_evaluation,
+    verify,
+    write_atomically,
+)
 from pipeline.training.metrics import SinkFeed, append_event
 from pipeline.training.space import append_line, with_room
 from pipeline.training.whereabouts import here
@@ -126,9 +131,29 @@ def test_a_quota_counts_as_a_full_disk_and_other_errors_do_not(
     with pytest.raises(StorageError, match=r"no space left: .*x needs 2\.0 MB") as caught:
         with_room(tmp_path / "x", 2_000_000, lambda: refuse(number))
     assert len(tries) == 3 and caught.value.exit_code == 74
-    with pytest.raises(PermissionError):
-        with_room(tmp_path / "x", 1, lambda: refuse(errno.EACCES))
+    with pytest.raises(StorageError, match=r"x could not be written: .*Input/output error"):
+        with_room(tmp_path / "x", 1, lambda: refuse(errno.EIO))
     assert len(tries) == 4
+
+
+def test_a_disk_that_takes_no_writes_any_more_is_a_fault_of_storage(small_disk: Path) -> None:
+    [old] = save_steps(small_disk, 1)
+    run_dir, before = small_disk / "run", contents(small_disk)
+    writes = (
+        lambda: append_event(run_dir, "step", 2, {"loss": 1.0}),
+        lambda: append_line(run_dir / "samples_rank0.jsonl", "x"),
+        lambda: write_atomically(run_dir / "not_finite" / "x", "y"),
+        lambda: request_evaluation(run_dir / "checkpoints" / "step_00000002"),
+        lambda: save_steps(small_disk, 2),
+    )
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True, capture_output=True)
+    begun = time.monotonic()
+    for write in writes:
+        with pytest.raises(StorageError, match=r"could not be written: .*Read-only file system"):
+            write()
+    assert time.monotonic() - begun < min(space.WAITS_S[3:])
+    assert contents(small_disk) == before and newest_verified(run_dir) == old
 
 
 def _save_on_full(place: str) -> str:

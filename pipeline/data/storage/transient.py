@@ -4,7 +4,7 @@ import http.client
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipeline.errors import LongtailError, StorageError
@@ -40,6 +40,9 @@ _PASSING_NAMES = (
 )
 """Parts of the names of aiohttp's, botocore's, httpx's and requests' exceptions of that kind; the
 packages themselves may be absent."""
+_LASTING_NAMES = ("SSLCertVerificationError", "CertificateError")
+"""Ends of the names of those that say that a server's certificate is not accepted; packages raise
+them as, or wrap them in, connection errors. Other faults of TLS may be a connection that is cut."""
 
 
 class ShortRead(OSError):  # noqa: N818 - an event, named as it is
@@ -93,10 +96,26 @@ def is_passing(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in PASSING_STATUS
+    if any(kind.__name__.endswith(_LASTING_NAMES) for kind in _kinds(error)):
+        return False
     passing = (TimeoutError, ConnectionError, EOFError, ShortRead, http.client.HTTPException)
     if isinstance(error, passing):
         return True
     return any(part in kind.__name__ for kind in type(error).__mro__ for part in _PASSING_NAMES)
+
+
+def _kinds(error: BaseException) -> Iterator[type]:
+    """Classes of an error and of all that it was raised because of, or wraps."""
+    following: list[BaseException] = [error]
+    seen: set[int] = set()
+    while following:
+        one = following.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield from type(one).__mro__
+        linked = (one.__cause__, one.__context__, *one.args)
+        following += [each for each in linked if isinstance(each, BaseException)]
 
 
 def status_of(error: BaseException) -> int | None:

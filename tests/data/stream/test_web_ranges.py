@@ -181,7 +181,7 @@ def test_the_stream_is_the_same_from_s3(gate: Gate, tmp_path: Path) -> None:
 
 
 def test_no_credential_gets_out(
-    gate: Gate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    gate: Gate, tmp_path: Path, caplog: pytest.LogCaptureFixture, waits: list[float]
 ) -> None:
     make_index(tmp_path, "train", VOCABULARY, [[3]] * 4)
     for path in (tmp_path / "train").iterdir():
