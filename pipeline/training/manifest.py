@@ -54,6 +54,9 @@ HARMLESS_KEYS = (
     "teacher.cpus_per_actor",
     "teacher.batches_ahead",
     "detector.kernel",
+    "detector.backbone.checkpointed_stages",
+    "training.micro_batch",
+    "training.activation_checkpointing",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
@@ -64,8 +67,9 @@ HARMLESS_KEYS = (
     "logging",
     "cluster",
 )
-"""Recipe keys (or sections) that do not change what is learnt. The data itself is compared by the
-digests in the plan state, so its place may move."""
+"""Recipe keys (or sections) that do not change what is learnt but for rounding and padding: global
+batches, and what losses are divided by, stay. The data itself is compared by the digests in the
+plan state, so its place may move."""
 
 
 @dataclass(frozen=True)

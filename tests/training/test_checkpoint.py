@@ -269,7 +269,9 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_does_not_change_learning_may_change_in_a_recipe(tmp_path: Path) -> None:
     [directory] = save_steps(tmp_path, 5)
-    training = section(zero_stage=3, offload="all", log_every=1, keep_checkpoints=9).model_dump()
+    training = section(
+        zero_stage=3, offload="all", log_every=1, keep_checkpoints=9, activation_checkpointing=True
+    ).model_dump()
     refuse_another_recipe(
         directory,
         make_recipe(tmp_path, training=training, cluster={"workers": 2}, description="moved"),

@@ -7,6 +7,7 @@ import torch
 from tiny_world import prepare, run_command, tiny_recipe, write_recipe
 
 from pipeline.errors import MemoryExceeded
+from pipeline.training.manifest import newest_verified, read_manifest
 from pipeline.training.out_of_memory import memory_explained
 
 LIMITED = """
@@ -16,7 +17,9 @@ from pipeline.cli import main
 from pipeline.training import loop
 
 def limit(step, loss):
-    # From now on this process gets less than the activations of 64 images take.
+    # From the second step on this process gets less than the activations of 64 images take.
+    if step < 2:
+        return False
     most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**26
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     return False
@@ -42,12 +45,22 @@ def test_a_failed_allocation_names_rank_images_and_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_memory_is_used_up_ends_with_that_error(tmp_path: Path) -> None:
+def test_a_run_whose_memory_is_used_up_ends_with_that_error_and_goes_on_with_less(
+    tmp_path: Path,
+) -> None:
     prepare(tmp_path)
-    recipe = tiny_recipe(tmp_path, "full", training={"batch_size": 64, "micro_batch": 64})
+    training = {"steps": 4, "batch_size": 64, "micro_batch": 64, "checkpoint_every": 1}
+    recipe = tiny_recipe(tmp_path, "full", training=training)
     (tmp_path / "limited.py").write_text(LIMITED)
     path = str(write_recipe(tmp_path, recipe))
     done = run_command(str(tmp_path / "limited.py"), path)
     assert done.returncode == 78, done.stderr[-3000:]
     assert "rank 0 ran out of memory (" in done.stderr
     assert "Traceback" not in done.stderr
+    trained_up_to = read_manifest(newest_verified(recipe.run_dir)).step
+    assert 0 < trained_up_to < 4
+    less = ["training.micro_batch=8", "training.activation_checkpointing=true"]
+    done = run_command("-m", "pipeline", "train", path, *less)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from" in done.stderr
+    assert read_manifest(newest_verified(recipe.run_dir)).step == 4
