@@ -17,6 +17,9 @@ from pipeline.recipe import Cluster
 
 logger = logging.getLogger(__name__)
 
+STALL_S = 60.0
+"""After so long without progress, and after twice, four times as long, the log says who is waited
+for: a store that is away, say, whose readers' warnings stay in files of their own."""
 SILENT_S = 30.0
 """Without a beat for so long, or for half the timeout, a process is stopped or its node away."""
 END_PATIENCE_S = 60.0
@@ -78,17 +81,19 @@ class Watch:
 
     def __init__(self, office: Any, timeout_s: float | None) -> None:
         self._office, self._timeout_s = office, timeout_s
-        self._next = 0.0
+        self._next, self._stall_s = 0.0, STALL_S
 
     def look(self) -> None:
         """End the worker that hangs, if one does; the run then goes on from its checkpoint."""
         now = time.monotonic()
-        if not self._timeout_s or now < self._next:
+        if now < self._next:
             return
-        self._next = now + min(10.0, self._timeout_s / 20)
+        self._next = now + min(10.0, (self._timeout_s or NEVER_S) / 20)
         group = ray.get(self._office.group.remote())
-        hang = find_hang(ray.get(self._office.beats.remote()), self._timeout_s)
+        beats = ray.get(self._office.beats.remote())
+        hang = find_hang(beats, self._timeout_s) if self._timeout_s else None
         if hang is None:
+            self._tell(beats)
             return
         logger.warning("%s; no rank has moved for cluster.hang_timeout, so it is ended", hang)
         ray.get(self._office.blame.remote(group, hang.culprit.rank))
@@ -97,6 +102,16 @@ class Watch:
             ray.get(self._office.end_group.remote(group))
         else:
             self._next = time.monotonic() + END_PATIENCE_S
+
+    def _tell(self, beats: Sequence[tuple[Beat, float]]) -> None:
+        """Say who the others wait for, less and less often, until there is progress."""
+        if find_hang(beats, STALL_S) is None:
+            self._stall_s = STALL_S
+            return
+        stall = find_hang(beats, self._stall_s)
+        if stall is not None:
+            self._stall_s *= 2
+            logger.warning("no progress: %s", stall)
 
 
 def _end(beat: Beat) -> bool:

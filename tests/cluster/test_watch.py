@@ -159,6 +159,28 @@ def test_the_watch_looks_again_after_a_kill_that_missed(monkeypatch: pytest.Monk
     looker.look()
 
 
+@pytest.mark.parametrize("timeout_s", [600, None])
+def test_a_stall_is_told_less_and_less_often_and_anew_after_progress(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, timeout_s: float | None
+) -> None:
+    monkeypatch.setattr(watch.ray, "get", lambda answer, **_: answer)
+    monkeypatch.setattr(watch, "_end", lambda _: pytest.fail("ended before its time"))
+    office = TrainingOffice()
+    office.begin_group()
+    looker = Watch(Near(office), timeout_s)
+
+    def told(idle_s: float) -> bool:
+        caplog.clear()
+        office.beat(1, replace(WORKS, idle_s=idle_s))
+        monkeypatch.setattr(looker, "_next", 0.0)
+        looker.look()
+        return "no progress: rank 1 (pid 11, node 10.0.0.2) is in 'data'" in caplog.text
+
+    for idle_s, expected in ((59, False), (61, True), (119, False), (121, True), (239, False)):
+        assert told(idle_s) is expected, idle_s
+    assert not told(0) and told(61)
+
+
 def test_an_office_that_is_away_for_a_moment_ends_no_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
