@@ -1,24 +1,30 @@
-"""A Ray cluster of a head and two nodes on this machine, for `faults.py`, of which one dies.
+"""A Ray cluster of a head and two nodes on this machine, whose nodes die, join and are taken away.
 
 As a program it is the cluster, and does what lines on its standard input say; `Nodes` is how
-others use it. Ray's nodes are started in the main thread, or they fail.
+`faults.py` and the tests use it. Ray's nodes are started in the main thread, or they fail.
 """
 
 import os
 import secrets
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Self
 
 PATIENCE_S = 300.0
+PREEMPTION = 2
+"""`DRAIN_NODE_REASON_PREEMPTION` of Ray's autoscaler.proto."""
 
 
 class Nodes:
-    """Two nodes of one CPU each, and a head without; they end with the block."""
+    """Two nodes of one CPU each, and a head without; they end with the block.
+
+    `environment` is what a driver needs to join them at `address`, as this process had to.
+    """
 
     def __init__(self, log: Path) -> None:
-        self.token = secrets.token_hex(32)
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
@@ -27,18 +33,23 @@ class Nodes:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token},
+                # The last is Ray's switch for listening on the address that it is given.
+                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
                 start_new_session=True,
             )
-        self.address = self._answer()
+        self.pid, self.address = self._process.pid, self._answer()
 
     def lose(self) -> None:
-        """SIGKILL to all processes of one node that training runs on."""
+        """SIGKILL to all processes of the newest node."""
         self._ask("lose")
 
     def add(self) -> None:
         """One more node joins."""
         self._ask("add")
+
+    def drain(self) -> None:
+        """Announce that the newest node will be taken away, in ten minutes."""
+        self._ask("drain")
 
     def __enter__(self) -> Self:
         return self
@@ -58,21 +69,34 @@ class Nodes:
         for line in self._process.stdout:
             if line.startswith("nodes: "):
                 return line.removeprefix("nodes: ").strip()
-        raise AssertionError("the cluster of two nodes ended; see logs/nodes.log")
+        raise AssertionError("the cluster of two nodes ended; its log says why")
 
 
 def main() -> None:
+    from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    from pipeline.cluster import connection
+
+    # Ray listens on loopback alone; see there.
+    connection._stay_on_loopback(True)
+    local = {"node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={**local, "num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1, **local) for _ in range(2)]
     print(f"nodes: {cluster.address}", flush=True)
-    for word in sys.stdin:
-        if word.strip() == "lose":
+    for line in sys.stdin:
+        word = line.strip()
+        if word == "lose":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
-        else:
-            nodes.append(cluster.add_node(num_cpus=1))
-        print(f"nodes: {word.strip()} done", flush=True)
+        elif word == "add":
+            nodes.append(cluster.add_node(num_cpus=1, **local))
+        elif word == "drain":
+            deadline_ms = int(time.time() * 1000) + 600_000
+            accepted, reason = GcsClient(cluster.address).drain_node(
+                nodes[-1].node_id, PREEMPTION, "a trial", deadline_ms
+            )
+            assert accepted, reason
+        print(f"nodes: {word}", flush=True)
     cluster.shutdown()
 
 

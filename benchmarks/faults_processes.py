@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -14,10 +15,10 @@ HANG_TIMEOUT_S = 90
 """Longer than the start of a worker takes where others use the machine too."""
 
 
-def kill_worker(trial: Trial, rank: int = 1) -> None:
-    """SIGKILL to one of the two training workers."""
+def kill_worker(trial: Trial, which: int = 1) -> None:
+    """SIGKILL to one of the two training workers, by the order in which they began."""
     trial.wait("two workers", lambda: len(trial.processes(WORKER)) == 2)
-    trial.processes(WORKER)[rank].kill()
+    trial.processes(WORKER)[which].kill()
 
 
 def worker_killed(trial: Trial) -> bool:
@@ -138,14 +139,35 @@ def evaluation_lost(trial: Trial) -> bool:
 
 
 def node_lost(trial: Trial) -> bool:
-    """One of two nodes dies with all that runs on it; later another one joins."""
+    """One of two nodes dies with all that runs on it, and another one joins."""
+
+    def lose_one(nodes: Nodes) -> None:
+        nodes.lose()
+        nodes.add()
+
+    return on_two_nodes(trial, lose_one)
+
+
+def node_preempted(trial: Trial) -> bool:
+    """One of two nodes is announced to be taken away, and another one joins."""
+
+    def replace_one(nodes: Nodes) -> None:
+        nodes.drain()
+        nodes.add()
+
+    survived = on_two_nodes(trial, replace_one)
+    assert "will be taken away in" in trial.log.read_text()
+    return survived
+
+
+def on_two_nodes(trial: Trial, disturb: Callable[[Nodes], None]) -> bool:
+    """The training on a cluster of two nodes, disturbed in its middle."""
     with Nodes(trial.work / "logs" / "nodes.log") as nodes:
         trial.overrides.append(f"cluster.address={nodes.address}")
-        trial.environment["RAY_AUTH_TOKEN"] = nodes.token
+        trial.environment.update(nodes.environment)
         trial.start()
         trial.wait_for_step(trial.middle)
         back = trial.recovery(again=True)
-        nodes.lose()
-        nodes.add()
+        disturb(nodes)
         back()
         return trial.finish()

@@ -33,4 +33,5 @@ ROWS = (
     Row("teacher_lost", "teacher actor lost", processes.teacher_lost),
     Row("evaluation_lost", "evaluation task lost", processes.evaluation_lost),
     Row("node_lost", "node lost, another joins", processes.node_lost),
+    Row("node_preempted", "node to be taken away, another joins", processes.node_preempted),
 )

@@ -4,20 +4,25 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from faults_processes import kill_teacher, kill_worker
 from faults_storage import kill_in_save
 from faults_trial import Trial, figures
 
 KINDS = {"worker": 6, "save": 5, "teacher": 4, "driver": 3, "node": 2}
 """How often of 20: what dies most on clusters, most often."""
+MOST_DELAY_S = 2.0
+"""About the time of a step, so that kills come anywhere in one."""
 
 
 def soak(
     work: Path, overrides: Sequence[str], kills: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, object]:
-    """`kills` kills at steps and of kinds that follow from `seed`; figures as of a row."""
+    """`kills` kills; kinds, steps, workers and the time after the step that each comes at follow
+    from `seed`. Figures as of a row."""
     rng = random.Random(seed)
     steps = 3 * kills + 8
     common = [*overrides, f"training.steps={steps}", "training.checkpoint_every=2"]
@@ -40,7 +45,8 @@ def soak(
     try:
         for number, (kind, step) in enumerate(zip(kinds, at_steps, strict=True), start=1):
             trial.wait_for_step(step)
-            KILL[kind](trial)
+            time.sleep(rng.uniform(0, MOST_DELAY_S))
+            KILL[kind](trial, rng.randrange(2))
             say(f"kill {number} of {kills}: {kind} at step {step}, {trial.seconds[-1]:.1f} s")
         survived = trial.finish(trial.commands + 3)
         found = figures(trial, undisturbed, survived)
@@ -51,13 +57,13 @@ def soak(
     return {**found, "kills": counts, "steps": steps, "seed": seed, "total_seconds": round(total)}
 
 
-def _worker(trial: Trial) -> None:
+def _worker(trial: Trial, which: int) -> None:
     back = trial.recovery()
-    kill_worker(trial)
+    kill_worker(trial, which)
     back()
 
 
-def _driver(trial: Trial) -> None:
+def _driver(trial: Trial, _: int) -> None:
     back = trial.recovery()
     trial.process.send_signal(signal.SIGKILL)
     trial.end()
@@ -65,12 +71,13 @@ def _driver(trial: Trial) -> None:
     back()
 
 
-def _node(trial: Trial) -> None:
+def _node(trial: Trial, _: int) -> None:
     """The only node there is: its raylet dies, and Ray and the driver with it."""
     back = trial.recovery()
     for process in trial.process.children(recursive=True):
-        if process.name() == "raylet":
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                process.kill()
     trial.end(300.0)
     trial.start()
     back()
@@ -80,6 +87,6 @@ KILL = {
     "worker": _worker,
     "driver": _driver,
     "node": _node,
-    "teacher": kill_teacher,
-    "save": kill_in_save,
+    "teacher": lambda trial, _: kill_teacher(trial),
+    "save": lambda trial, _: kill_in_save(trial),
 }

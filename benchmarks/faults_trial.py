@@ -125,10 +125,10 @@ class Trial:
         """Return when some attempt has done a step."""
         self.wait(f"step {step}", lambda: any(done >= step for _, done in self.steps()))
 
-    def processes(self, title: str, above: psutil.Process | None = None) -> list[psutil.Process]:
-        """Processes below the command, or below `above`, whose command line begins with `title`."""
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Processes below the command whose command line begins with `title`."""
         found = []
-        for process in (above or self.process).children(recursive=True):
+        for process in self.process.children(recursive=True):
             with suppress(psutil.Error):
                 if " ".join(process.cmdline()).startswith(title):
                     found.append(process)
@@ -137,12 +137,12 @@ class Trial:
     def recovery(
         self, *, restarts: bool = True, under_way: int = 1, again: bool = False
     ) -> Callable[[], None]:
-        """Call it just before the fault; what it gives returns at the first new step, and keeps
+        """Call it just before the fault; what it gives returns when a step is done again, and keeps
         the seconds.
 
-        With `restarts` that is a step of a later attempt than now, else the one after those that
-        have their data already, `under_way` of them. With `again` the command is given once more
-        where it ends before.
+        With `restarts` that is the first step of a later attempt than now, which may be one that
+        is done a second time, else the one after those that have their data already, `under_way`
+        of them. With `again` the command is given once more where it ends before.
         """
         begun, before = time.monotonic(), self.steps()
 
@@ -157,7 +157,7 @@ class Trial:
             return is_back()
 
         def wait() -> None:
-            self.wait("the first new step", is_back_or_begun_again, running=not again)
+            self.wait("a step after the fault", is_back_or_begun_again, running=not again)
             self.seconds.append(time.monotonic() - begun)
 
         return wait

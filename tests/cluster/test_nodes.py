@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -27,6 +26,11 @@ from tiny_world import (
 )
 
 from pipeline.training.manifest import list_checkpoints, read_manifest
+from pipeline.training.samples import read_samples
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from faults_nodes import Nodes
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 900.0
@@ -41,50 +45,16 @@ train_here(load_recipe(sys.argv[1]))
 """
 
 
-class Nodes:
-    """The process of `several_nodes.py`."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("several_nodes.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
-        self.pid, self.address = self._process.pid, self._answer()
-
-    def do(self, word: str) -> None:
-        assert self._process.stdin is not None
-        print(word, file=self._process.stdin, flush=True)
-        assert self._answer() == word
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=120)
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("answer "):
-                return line.removeprefix("answer ").strip()
-        raise AssertionError("the cluster ended")
-
-
 @contextmanager
-def nodes() -> Iterator[Nodes]:
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    found = Nodes({**ENVIRONMENT, **token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"})
-    os.environ.update(token)
-    ENVIRONMENT.update(token)
-    try:
-        yield found
-    finally:
-        found.end()
-        for name in token:
-            del os.environ[name], ENVIRONMENT[name]
+def nodes(log: Path) -> Iterator[Nodes]:
+    with Nodes(log) as found:
+        os.environ.update(found.environment)
+        ENVIRONMENT.update(found.environment)
+        try:
+            yield found
+        finally:
+            for name in found.environment:
+                del os.environ[name], ENVIRONMENT[name]
 
 
 def wait_for_line(log: Path, text: str, process: subprocess.Popen[bytes], after: int = 0) -> int:
@@ -110,27 +80,28 @@ def test_nodes_are_lost_and_join_and_are_taken_away(tmp_path: Path) -> None:
     """At 2, 1, 2 and again 1 workers, on the same global batches as one process."""
     prepare(tmp_path)
     training = {"steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": STEPS}
-    alone = tiny_recipe(tmp_path, "alone", training=training, cluster=WORKERS)
+    settings = {"training": training, "logging": {"samples": True}}
+    alone = tiny_recipe(tmp_path, "alone", **settings, cluster=WORKERS)
     (tmp_path / "alone.py").write_text(ALONE)
     done = run_command(str(tmp_path / "alone.py"), str(write_recipe(tmp_path, alone)))
     assert done.returncode == 0, done.stderr
 
     log = tmp_path / "elastic.log"
-    with nodes() as cluster:
-        settings = {**WORKERS, "address": cluster.address}
-        recipe = tiny_recipe(tmp_path, "elastic", training=training, cluster=settings)
+    with nodes(tmp_path / "nodes.log") as cluster:
+        joined = {**WORKERS, "address": cluster.address}
+        recipe = tiny_recipe(tmp_path, "elastic", **settings, cluster=joined)
         path = str(write_recipe(tmp_path, recipe))
         process = start_command("-m", "pipeline", "train", path, log=log)
         wait_for_step(recipe, 6, process, PATIENCE_S)
-        cluster.do("lose")
+        cluster.lose()
         wait_for_line(log, "1 worker begins", process)
         wait_for_step(recipe, 7, process, PATIENCE_S)
         with stopped(cluster):
-            cluster.do("add")
+            cluster.add()
             grown = wait_for_line(log, "there is place for 2 workers", process)
         grown = wait_for_line(log, "2 workers begin", process, grown)
         wait_for_line(log, "steps", process, grown)
-        cluster.do("drain")
+        cluster.drain()
         assert process.wait(timeout=PATIENCE_S) == 0, log.read_text()
 
     said = log.read_text()
@@ -141,6 +112,9 @@ def test_nodes_are_lost_and_join_and_are_taken_away(tmp_path: Path) -> None:
     manifests = [read_manifest(directory) for directory in list_checkpoints(recipe.run_dir)]
     sizes = [size for size, _ in groupby(manifest.world_size for manifest in manifests)]
     assert sizes == [2, 1, 2, 1], said
+    counted, undisturbed = read_samples(recipe.run_dir), read_samples(alone.run_dir)
+    assert counted.missing(STEPS) == [] and undisturbed.missing(STEPS) == []
+    assert not counted.beyond(undisturbed) and not undisturbed.beyond(counted)
     ours, theirs = metrics(recipe), metrics(alone)
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     for mine, other in zip(ours, theirs, strict=True):
