@@ -21,8 +21,9 @@ class Targets:
     `boxes` is (N, 4) float32, cxcywh as fractions of the image without its padding; `labels` is
     (N,) int64, a column of the recipe's vocabulary, or -1 where no class is given. `size` is
     (height, width) of the image inside the batch before padding, `original_size` that of the
-    photograph, `seed` the integer that denoising noise is drawn from. `sampled_negatives` says
-    that whatever the labels do not name counts as absent; else only `negative_categories` do. The
+    photograph, `seed` the integer that denoising noise is drawn from; `extra` says that it is of
+    the extra stream, whose terms have normalisers of their own. `sampled_negatives` says that
+    whatever the labels do not name counts as absent; else only `negative_categories` do. The
     three weights switch the class, box and semantic terms of *every* loss for this image; all are 0
     for a padding sample. `origin` (N, 2) says which boxes they are, where training reads them: the
     number of the sample in the index of its source, and of the box in the sample.
@@ -36,6 +37,7 @@ class Targets:
     original_size: tuple[int, int]
     seed: int = 0
     coarse: bool = False
+    extra: bool = False
     negative_categories: tuple[int, ...] = ()
     not_exhaustive_categories: tuple[int, ...] = ()
     sampled_negatives: bool = True

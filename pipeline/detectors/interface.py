@@ -39,18 +39,35 @@ class TrainingOutput(NamedTuple):
     earlier: tuple[tuple[MatchedRegions, ...], ...] = ()
 
 
+class Shares(NamedTuple):
+    """What class, box and semantic terms of an image weigh in the train and in the extra stream.
+
+    Losses are divided by the boxes of the whole batch, and these put those in their place that have
+    the term, in the image's own stream: a batch of both is the sum of a step of each. In a batch of
+    one stream whose boxes have all terms they are 1.
+    """
+
+    classes: tuple[float, float] = (1.0, 1.0)
+    boxes: tuple[float, float] = (1.0, 1.0)
+    semantics: tuple[float, float] = (1.0, 1.0)
+
+
 class LossContext(NamedTuple):
     """What is known of the whole global batch before its first micro-step.
 
-    `num_boxes` is the number of boxes in the global batch (at least 1): the one normaliser.
-    `class_columns` is (K,) int64, the columns that the federated class loss visits, or None for
-    all of them. They are the same on every rank and in every micro-step. `num_images` is the number
-    of images in the global batch, which image-level losses are divided by.
+    `num_boxes` is the number of boxes in the global batch (at least 1), which all terms of boxes
+    are divided by, and `shares` what they are multiplied by, stream by stream. `class_columns` is
+    (K,) int64, the columns that the federated class loss visits, or None for all of them;
+    `sampled_columns` (K,) bool are those of them that count as absent where `sampled_negatives` of
+    an image says so, None for all. They are the same on every rank and in every micro-step.
+    `num_images` is the number of image-level images, which their losses are divided by.
     """
 
     num_boxes: float
     class_columns: Tensor | None
     num_images: float = 1.0
+    sampled_columns: Tensor | None = None
+    shares: Shares = Shares()
 
 
 class Detector(Protocol):

@@ -135,11 +135,6 @@ class Recipe(Section):
         return self.semantic is not None and self.semantic.labels == "soft"
 
     @property
-    def learns_coarse_boxes(self) -> bool:
-        """Whether a term is divided by the number of coarse boxes: box losses, or the branch."""
-        return self.detector.losses.image_level == "boxes" or self.semantic is not None
-
-    @property
     def run_dir(self) -> Path:
         """Where this stage keeps everything that it makes."""
         return Path(self.output) / self.name

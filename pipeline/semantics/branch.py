@@ -44,16 +44,18 @@ class SemanticBranch(nn.Module):
         targets: Sequence[Targets],
         num_boxes: float,
         class_columns: Tensor | None = None,
+        shares: tuple[float, float] = (1.0, 1.0),
     ) -> Tensor:
         """Sum over regions of KL(soft label || student), each weighted by its image's
-        `semantic_weight` and divided by its `copies` and by `num_boxes`.
+        `semantic_weight` and the share of its stream, and divided by its `copies` and by
+        `num_boxes`.
 
         `soft_labels` holds (N_i, C) for each image, summing to 1 over C; for the objective
         `features` the teacher's (N_i, D) embeddings, of unit length; None for hard labels, which
         are those of `targets`. `class_columns` (K,) are for `columns: federated`.
         """
         device = matched.image.device
-        weights = torch.tensor([float(target.semantic_weight) for target in targets])
+        weights = torch.tensor([t.semantic_weight * shares[t.extra] for t in targets])
         weight = weights.to(device, non_blocking=True)[matched.image] / matched.copies
         features = self.projection(matched.features)
         with torch.autocast(features.device.type, enabled=False):

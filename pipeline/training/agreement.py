@@ -10,6 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from pipeline.data.stream.batches import StepBatches
+from pipeline.detectors.interface import Shares
 from pipeline.errors import LongtailError
 
 Result = TypeVar("Result")
@@ -19,14 +20,18 @@ Result = TypeVar("Result")
 class StepFacts:
     """Of a global batch: its boxes, those by column, and whether any rank wants to stop.
 
-    `labelled` is (C,), the boxes whose label is learnt; `unshared` is how many unreadable images
-    some rank has met that the others do not know of.
+    `labelled` is (C,), the boxes whose label is learnt, `sampled` (C,) those of them in images that
+    take for absent what they do not name; `coarse_images` is the number of image-level images,
+    `unshared` how many unreadable images some rank has met that the others do not know of.
     """
 
     num_boxes: float
     labelled: NDArray[np.int64]
+    sampled: NDArray[np.int64]
+    shares: Shares
+    coarse_images: float
     stop: bool
-    unshared: int = 0
+    unshared: int
 
 
 def agree_on_step(
@@ -38,30 +43,51 @@ def agree_on_step(
     unshared: int = 0,
     *,
     coarse_boxes: bool = True,
+    semantics: bool = True,
 ) -> StepFacts:
     """One all-reduce before the first micro-batch of a step.
 
-    Padding samples (all weights 0) do not count, so the facts are the same for any world size, nor,
-    without `coarse_boxes`, those of image-level images, where nothing learns from them. A
-    `failure` of any rank, to read its part, is raised on all ranks.
+    Padding samples (all weights 0) do not count, so the facts are the same for any world size. Nor
+    do boxes that have no term: without `coarse_boxes` those of image-level images have none of
+    class and box, without `semantics` none has a semantic one. A `failure` of any rank, to read its
+    part, is raised on all ranks.
     """
     micro_batches = batches.micro_batches if batches else []
-    numbers = torch.zeros(4 + num_categories)
-    numbers[0], numbers[1], numbers[3] = float(stop), float(failure is not None), float(unshared)
+    said = torch.tensor([float(stop), float(failure is not None), float(unshared)])
+    total, coarse_images = torch.zeros(1), torch.zeros(1)
+    by_term = torch.zeros(2, 3)
+    labelled, sampled = torch.zeros(num_categories), torch.zeros(num_categories)
     for target in (target for batch in micro_batches for target in batch.targets):
+        boxes = coarse_boxes or not target.coarse
+        weights = target.class_weight * boxes, target.box_weight * boxes
+        has_term = torch.tensor([*weights, target.semantic_weight * semantics]) > 0
+        by_term[int(target.extra)] += len(target.labels) * has_term
+        total += len(target.labels) * has_term.any()
         learned = target.class_weight or target.box_weight or target.semantic_weight
-        if learned and (coarse_boxes or not target.coarse):
-            numbers[2] += len(target.labels)
+        coarse_images += bool(target.coarse and learned)
         if target.class_weight:
             labels = target.labels[target.labels >= 0].cpu()
-            numbers[4:] += torch.bincount(labels, minlength=num_categories)
-    numbers = numbers.to(device)
+            counts = torch.bincount(labels, minlength=num_categories)
+            labelled += counts
+            sampled += counts * target.sampled_negatives
+    parts = [said, total, coarse_images, by_term.flatten(), labelled, sampled]
+    numbers = torch.cat(parts).to(device)
     dist.all_reduce(numbers)
-    numbers = numbers.cpu()
-    if numbers[1]:
+    said, total, coarse_images, by_term, labelled, sampled = numbers.cpu().split(
+        [len(part) for part in parts]
+    )
+    if said[1]:
         raise first_failure(failure)
-    labelled = numbers[4:].numpy().astype(np.int64)
-    return StepFacts(float(numbers[2]), labelled, bool(numbers[0]), int(numbers[3]))
+    shares = total.clamp(min=1) / by_term.view(2, 3).clamp(min=1)
+    return StepFacts(
+        float(total),
+        labelled.numpy().astype(np.int64),
+        sampled.numpy().astype(np.int64),
+        Shares(*((float(train), float(extra)) for train, extra in shares.T)),
+        float(coarse_images),
+        bool(said[0]),
+        int(said[2]),
+    )
 
 
 def first_failure(failure: LongtailError | None) -> LongtailError:

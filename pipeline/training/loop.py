@@ -42,7 +42,6 @@ from pipeline.training.checkpoint import (
     restore,
     save,
 )
-from pipeline.training.class_columns import class_columns
 from pipeline.training.device import worker_device
 from pipeline.training.engine import (
     Engine,
@@ -62,6 +61,7 @@ from pipeline.training.manifest import (
 from pipeline.training.not_finite import refuse_too_many, report_skipped
 from pipeline.training.out_of_memory import memory_explained
 from pipeline.training.samples import SampleLog, open_samples
+from pipeline.training.step_context import loss_context
 from pipeline.training.whereabouts import here
 from pipeline.training.window import Window
 
@@ -147,7 +147,8 @@ def train_steps(
             run.vocabulary.num_categories,
             run.engine.device,
             len(run.stream.ledger.unshared),
-            coarse_boxes=recipe.learns_coarse_boxes,
+            coarse_boxes=recipe.detector.losses.image_level == "boxes",
+            semantics=recipe.semantic is not None,
         )
         if facts.unshared:
             share_unreadable(run, progress, log)
@@ -186,15 +187,14 @@ def take_step(
 ) -> None:
     """One step with what all ranks know of it, counted; skipped where it is not finite."""
     recipe = run.recipe
-    columns = class_columns(
-        facts.labelled > 0,
+    context = loss_context(
+        facts,
         run.image_counts,
         recipe.detector.losses,
         recipe.seed,
         progress.step,
+        run.engine.device,
     )
-    on_device = None if columns is None else torch.from_numpy(columns).to(run.engine.device)
-    context = LossContext(max(1.0, facts.num_boxes), on_device, recipe.training.batch_size)
     suspects = run_step(run, batches, context, window)
     progress.step += 1
     count_consumed(progress, batches, facts.labelled, run.vocabulary)

@@ -61,7 +61,12 @@ class Student(nn.Module):
             if self.branch is not None and self.semantic is not None:
                 for name, matched in _semantic_regions(self.semantic, output).items():
                     loss = self.branch(
-                        matched, soft_labels, targets, context.num_boxes, context.class_columns
+                        matched,
+                        soft_labels,
+                        targets,
+                        context.num_boxes,
+                        context.class_columns,
+                        context.shares.semantics,
                     )
                     losses[name] = self.semantic.weight * loss
         return {name: loss.float() for name, loss in losses.items()}

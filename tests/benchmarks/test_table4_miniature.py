@@ -50,10 +50,11 @@ def learnt(recipe: Recipe, *, but: set[str]) -> dict[str, object]:
 
 
 CHANGES = {
-    "dino": {"semantic", "data.extra"},
+    "dino": {"semantic", "data.extra", "training.batch_size", "detector.class_head.kind"},
+    "dino_language_head": {"semantic", "data.extra", "training.batch_size"},
     "detic": {"semantic", "detector.losses.image_level", "data.transforms.mosaic"},
     "richsem": set(),
-    "richsem_without_extra": {"data.extra"},
+    "richsem_without_extra": {"data.extra", "training.batch_size"},
     "richsem_inet_unl": {"data.extra"},
     "hard_labels": {"semantic.labels"},
 }
@@ -66,6 +67,9 @@ def test_rows_differ_in_what_they_are_about_and_in_nothing_else(tmp_path: Path) 
         recipe = settings(tmp_path).recipe(name, 1)
         assert learnt(recipe, but={"name", *change}) == learnt(full, but={"name", *change}), name
         assert recipe.initialize_from == "pretrained_s1" and recipe.seed == 1
+        per_step = recipe.training.batch_size
+        lvis = per_step / (1 + recipe.data.extra_ratio) if recipe.data.extra else per_step
+        assert lvis == 8, f"{name} sees another number of LVIS images"
     unlabelled = settings(tmp_path).recipe("richsem_inet_unl", 0).data.extra[0]
     assert not unlabelled.has_labels and unlabelled.images == full.data.extra[0].images
 

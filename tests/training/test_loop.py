@@ -23,6 +23,7 @@ from tiny_world import (
 from pipeline.data.batch import Batch, Targets
 from pipeline.data.shards.preparing import load_index, shards_url
 from pipeline.data.stream.batches import StepBatches
+from pipeline.detectors.interface import Shares
 from pipeline.errors import RecipeError, StopRequested, StorageError
 from pipeline.recipe import Recipe
 from pipeline.training import loop
@@ -261,9 +262,24 @@ def test_coarse_boxes_do_not_count_where_nothing_learns_from_them() -> None:
     batches = batch_of(labels(1, 3), replace(labels(2, 2, 4), coarse=True))
     facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
     assert facts.num_boxes == 5
-    facts = agree_on_step(batches, None, False, 5, torch.device("cpu"), coarse_boxes=False)
+    facts = agree_on_step(
+        batches, None, False, 5, torch.device("cpu"), coarse_boxes=False, semantics=False
+    )
     assert facts.num_boxes == 2
     assert facts.labelled.tolist() == [0, 1, 2, 1, 1]
+    assert facts.coarse_images == 1
+
+
+def test_each_stream_is_divided_by_its_own_boxes_that_have_the_term() -> None:
+    join_process_group(torch.device("cpu"))
+    blind = replace(labels(2, 2, 4), extra=True, class_weight=0.0)
+    batches = batch_of(labels(1, 3), blind, replace(labels(0), extra=True, sampled_negatives=False))
+    facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
+    assert facts.num_boxes == 6
+    assert facts.shares == Shares((3.0, 6.0), (3.0, 1.5), (3.0, 1.5))
+    assert facts.labelled.tolist() == [1, 1, 0, 1, 0] and facts.sampled.tolist() == [0, 1, 0, 1, 0]
+    alone = agree_on_step(batch_of(labels(1, 3)), None, False, 5, torch.device("cpu"))
+    assert alone.shares == Shares((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))
 
 
 def test_lines_after_the_resumed_step_go_and_so_does_half_a_line(tmp_path: Path) -> None:

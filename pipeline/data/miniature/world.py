@@ -26,7 +26,7 @@ from pipeline.errors import RecipeError
 
 Size = Literal["tiny", "quickstart", "benchmark"]
 MARKER = "miniature.json"
-_VERSION = 2
+_VERSION = 3
 _CHUNK_IMAGES = 250
 _JPEG_QUALITY = 90
 _OBJECTS_PER_IMAGE = (2, 3, 4, 4, 5, 6)
@@ -90,7 +90,7 @@ _WORLDS: dict[str, _World] = {
         captions=6000,
     ),
     "benchmark": _World(
-        train=(_Band(24, 2200, 300), _Band(24, 98, 12), _Band(24, 10, 1)),
+        train=(_Band(24, 700, 110), _Band(24, 98, 12), _Band(24, 10, 1)),
         validation=(_Band(24, 130, 80), _Band(24, 50, 35), _Band(24, 30, 20)),
         objects365=_Band(48, 2000, 220),
         imagenet_common=24,

@@ -250,6 +250,7 @@ class TrainReader:
             original_size=original_size,
             seed=slot.seed,
             coarse=any(sample.coarse for sample in samples),
+            extra=slot.stream == "extra",
             negative_categories=reader.known_columns(sorted(absent)),
             not_exhaustive_categories=reader.known_columns(sorted(partial)),
             sampled_negatives=source.samples_negatives,

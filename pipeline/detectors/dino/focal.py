@@ -70,6 +70,11 @@ class SumOfFocalLosses(torch.autograd.Function):
         return gradient, None, None, None, None, None, None
 
 
+def sum_of_negatives(logits: Tensor, weight: Tensor, gamma: float) -> Tensor:
+    """(L,) weighted sums of the focal loss without alpha, all entries of (L, P, K) negatives."""
+    return (logits.sigmoid() ** gamma * F.softplus(logits) * weight).sum((1, 2))
+
+
 def _weigh(value: Tensor, slope: Tensor, negatives: Tensor, start: int, shape: torch.Size) -> None:
     """Multiply a block of rows, from row `start` on, by what its images' columns weigh, in place.
 

@@ -10,10 +10,10 @@ from pipeline import recipe
 from pipeline.data.batch import Targets
 from pipeline.detectors.boxes import cxcywh_to_xyxy, generalized_iou
 from pipeline.detectors.dino.denoising import DenoisingLayout
-from pipeline.detectors.dino.focal import SumOfFocalLosses
+from pipeline.detectors.dino.focal import SumOfFocalLosses, sum_of_negatives
 from pipeline.detectors.dino.matcher import Matches, PaddedTargets, match
-from pipeline.detectors.dino.negatives import column_positions, negative_weights
-from pipeline.detectors.interface import LossContext
+from pipeline.detectors.dino.negatives import Negatives, column_positions, negative_weights
+from pipeline.detectors.interface import LossContext, Shares
 
 
 class LayerOutputs(NamedTuple):
@@ -45,17 +45,21 @@ class Assignment(NamedTuple):
 
 
 class ImageWeights(NamedTuple):
-    """(B,) weights of the class and of the box terms of each image, and (B, K) those of negatives
-    in each class column, None where all are 1 (`negatives.py`)."""
+    """(B,) weights of the class and of the box terms of each image, and those of negatives in each
+    class column, None where all are 1."""
 
     classes: Tensor
     boxes: Tensor
-    negatives: Tensor | None = None
+    negatives: Negatives | None = None
 
 
-def image_weights(targets: Sequence[Targets]) -> ImageWeights:
+def image_weights(targets: Sequence[Targets], shares: Shares) -> ImageWeights:
     """The weights of a batch, on the device of its boxes."""
-    pairs = [(target.class_weight, target.box_weight) for target in targets]
+    pairs = [
+        (target.class_weight * classes, target.box_weight * boxes)
+        for target in targets
+        for classes, boxes in [(shares.classes[target.extra], shares.boxes[target.extra])]
+    ]
     weights = torch.tensor(pairs, dtype=torch.float32)
     classes, boxes = weights.to(targets[0].boxes.device, non_blocking=True).unbind(1)
     return ImageWeights(classes, boxes)
@@ -104,10 +108,9 @@ def focal_loss(
     assignment: Assignment,
     targets: PaddedTargets,
     image_weight: Tensor,
-    negatives: Tensor | None = None,
+    negatives: Negatives | None = None,
 ) -> Tensor:
-    """(L,) sum of the sigmoid focal loss over queries and columns; `logits` is (L, B, Q, K),
-    `negatives` (B, K) what a negative of each column weighs, 1 without it."""
+    """(L,) sum of the sigmoid focal loss over queries and columns; `logits` is (L, B, Q, K)."""
     weight = assignment.weight * image_weight[:, None]
     columns = targets.columns[assignment.image, assignment.box]  # (L, P)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
@@ -119,9 +122,18 @@ def focal_loss(
         weight[assignment.image, assignment.query] * (columns >= 0),
         section.focal_alpha,
         section.focal_gamma,
-        negatives,
+        None if negatives is None else negatives.unmatched,
     )
-    return total
+    if negatives is None:
+        return total
+    # What that leaves out of the queries that answer for a label, which is none of its negatives.
+    left_out = (negatives.matched - negatives.unmatched)[assignment.image]  # (L, P, K)
+    left_out = left_out.scatter(2, columns.clamp(min=0)[..., None], 0.0)
+    answers = weight[assignment.image, assignment.query] * (columns >= 0)
+    rows = logits[layer, assignment.image, assignment.query]
+    return total + (1 - section.focal_alpha) * sum_of_negatives(
+        rows, left_out * answers[..., None], section.focal_gamma
+    )
 
 
 def box_losses(
@@ -175,13 +187,16 @@ def compute_losses(
 
     Keys are `loss/class`, `loss/box_l1` and `loss/box_giou` for the last decoder layer, with
     `_0`, `_1`, ... for the earlier ones, `_encoder`, and `_dn`, `_dn_0`, ... for denoising. Each is
-    multiplied by its recipe weight and divided by `context.num_boxes`. The official code divides by
-    the mean number of boxes of a rank in one backward pass and takes the ranks' mean gradient: the
-    same for a single backward pass in a step, while here accumulation does not change it either.
+    multiplied by its recipe weight and its image's share, and divided by `context.num_boxes`. The
+    official code divides by the mean number of boxes of a rank in one backward pass and takes the
+    ranks' mean gradient: the same for a single backward pass in a step, while here accumulation
+    does not change it either.
     """
     padded = pad_targets(targets, context.class_columns, num_categories)
-    negatives = negative_weights(targets, padded, context.class_columns, num_categories)
-    weights = image_weights(targets)._replace(negatives=negatives)
+    negatives = negative_weights(
+        targets, padded, context.class_columns, num_categories, context.sampled_columns
+    )
+    weights = image_weights(targets, context.shares)._replace(negatives=negatives)
     num_layers = len(outputs.decoder.logits)
     earlier = [f"_{layer}" for layer in range(num_layers - 1)]
     stacked = LayerOutputs(

@@ -9,16 +9,31 @@ unknown: with `Targets.sampled_negatives` off only these columns teach an image'
   for an object is to be found once;
 - categories verified as absent.
 
-Named categories that are not exhaustively annotated teach matched queries alone.
+Named categories that are not exhaustively annotated teach matched queries alone. A query that
+answers for a label does take all columns for negatives: whatever else is in the image, an object is
+of one category.
+
+Where one batch has images of both kinds, columns that only labels of whole images name are no
+negatives on LVIS: they are no sample, but mostly the rare categories that the images were added
+for.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import Targets
 from pipeline.detectors.dino.matcher import PaddedTargets
+
+
+class Negatives(NamedTuple):
+    """What a negative of each class column weighs in each image, 0 or 1, both (B, K) float32: for
+    the queries that answer for a box, and for all others."""
+
+    matched: Tensor
+    unmatched: Tensor
 
 
 def column_positions(class_columns: Tensor, num_categories: int) -> Tensor:
@@ -33,12 +48,11 @@ def negative_weights(
     padded: PaddedTargets,
     class_columns: Tensor | None,
     num_categories: int,
-) -> Tensor | None:
-    """(B, K) float32 of 0 and 1: what a negative of each column weighs in each image.
-
-    None where all columns count in all images, as on box data by default.
-    """
-    if all(target.sampled_negatives for target in targets):
+    sampled_columns: Tensor | None = None,
+) -> Negatives | None:
+    """The negatives of a batch; None where all columns count in all images, as on box data by
+    default."""
+    if sampled_columns is None and all(target.sampled_negatives for target in targets):
         return None
     device = padded.columns.device
     if class_columns is None:
@@ -56,7 +70,11 @@ def negative_weights(
     weights = weights.scatter(1, place[absent.to(device, non_blocking=True)], 1.0)
     weights = weights.scatter(1, place[partial.to(device, non_blocking=True)], 0.0)
     sampled = torch.tensor([[target.sampled_negatives] for target in targets])
-    return torch.where(sampled.to(device, non_blocking=True), 1.0, weights[:, :count])
+    sampled = sampled.to(device, non_blocking=True)
+    sample = weights.new_ones(count) if sampled_columns is None else sampled_columns.to(weights)
+    return Negatives(
+        torch.where(sampled, sample, 1.0), torch.where(sampled, sample, weights[:, :count])
+    )
 
 
 def _padded(categories: Sequence[tuple[int, ...]], padding: int) -> Tensor:

@@ -20,8 +20,8 @@ from pipeline.detectors.dino.losses import (
     pad_targets,
 )
 from pipeline.detectors.dino.matcher import match
-from pipeline.detectors.dino.negatives import negative_weights
-from pipeline.detectors.interface import LossContext
+from pipeline.detectors.dino.negatives import Negatives, negative_weights
+from pipeline.detectors.interface import LossContext, Shares
 from pipeline.recipe import Losses
 
 EPS = 1e-6
@@ -49,13 +49,15 @@ def in_double(
         match(section, *outputs, padded), outputs.logits.new_ones(outputs.logits.shape).double()
     )
     negatives = negative_weights(targets, padded, None, outputs.logits.shape[3])
-    weights = image_weights(targets)._replace(negatives=negatives)
+    weights = image_weights(targets, Shares())
+    if negatives is not None:
+        negatives = Negatives(*(part.double() for part in negatives))
     return detection_losses(
         section,
         LayerOutputs(outputs.logits.double(), outputs.boxes.double()),
         assignment,
         padded._replace(boxes=padded.boxes.double()),
-        ImageWeights(*(None if part is None else part.double() for part in weights)),
+        ImageWeights(weights.classes.double(), weights.boxes.double(), negatives),
     )
 
 
@@ -91,7 +93,8 @@ def test_two_boxes_and_three_queries() -> None:
 
 
 def test_an_image_level_image() -> None:
-    """What is named counts for all queries, what is verified as absent too, and nothing else."""
+    """What is named or verified as absent counts for all queries, all else for the one that answers
+    for the label."""
     logits = torch.tensor([[2.0, -1.0, 0.5], [-2.0, 1.5, 0.0]])[None, None]
     boxes = torch.tensor([[0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.5]])[None, None]
     target = Targets(
@@ -105,7 +108,7 @@ def test_an_image_level_image() -> None:
         negative_categories=(2,),
     )
     found = in_double(Losses(), LayerOutputs(logits, boxes), [target])
-    expected = positive(2.0) + negative(0.5) + negative(-2.0) + negative(0.0)
+    expected = positive(2.0) + negative(-1.0) + negative(0.5) + negative(-2.0) + negative(0.0)
     assert found["class"].tolist() == [pytest.approx(expected, rel=1e-12)]
     assert found["box_l1"].tolist() == [0]
     assert found["box_giou"].tolist() == [pytest.approx(2 * (1 - 1 / (1 + EPS)), rel=1e-6)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.recipe import Losses
-from pipeline.training.class_columns import class_columns
+from pipeline.training.step_context import class_columns
 
 
 def test_federated_columns() -> None:
