@@ -112,9 +112,11 @@ class Teacher:
         """Each image's (N_i, D) float32 unit rows, one for each box.
 
         Images of one size are read together, without their padding: neither it nor other images
-        can change what a box gets. Images without boxes are not looked at.
+        can change what a box gets. Images without boxes are not looked at, nor those that teach no
+        semantics, whose rows are zeros.
         """
-        found = [self._text.new_zeros((0, self._text.shape[1])) for _ in batch.targets]
+        width = self._text.shape[1]
+        found = [self._text.new_zeros((len(t.boxes), width)) for t in batch.targets]
         for (height, width), group in _by_size(batch.targets).items():
             images = torch.stack([batch.images[i, :, :height, :width] for i in group])
             whole = torch.zeros_like(images[:, 0], dtype=torch.bool)
@@ -127,10 +129,10 @@ class Teacher:
 
 
 def _by_size(targets: Sequence[Targets]) -> dict[tuple[int, int], list[int]]:
-    """Indices of the images that have boxes, by height and width."""
+    """Indices of the images that have boxes and learn semantics, by height and width."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, target in enumerate(targets):
-        if len(target.boxes):
+        if len(target.boxes) and target.semantic_weight:
             groups.setdefault(target.size, []).append(i)
     return groups
 

@@ -205,7 +205,8 @@ def _rules(given: Given, said: Mapping[str, Any]) -> list[str]:
         texts.append(
             f"{said['image_categories_with_losses']:,} times a category lost boxes on an "
             "image. It is then listed there as not exhaustively annotated, and as no negative, so "
-            "that what was removed does not count as absent. All images stay, and "
+            "that an evaluation does not count what was removed as absent (the class loss of "
+            "training does, with federated_negatives: sampled). All images stay, and "
             f"{said['images_without_boxes_now']:,} of them have no box any more. The categories' "
             "image_count and instance_count are those of what is left; frequency (r, c, f) stays "
             "as published, since groups must not change with the part that is learnt from."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,17 @@ def test_padding_and_company_change_nothing(section: TeacherSection, scale: floa
     beside = teacher.soft_labels(batch_of((small, box), (large, box)))[0]
     swapped = teacher.soft_labels(batch_of((large, box), (small, box)))[1]
     assert torch.equal(beside, alone) and torch.equal(swapped, alone)
+
+
+def test_boxes_that_teach_no_semantics_are_not_read(section: TeacherSection) -> None:
+    images = [picture(64, 64, 1), picture(64, 64, 2)]
+    learned = targets(WHOLE, (64, 64))
+    padding = replace(learned, semantic_weight=0.0)
+    teacher = Teacher(section, embeddings(), None, "cpu")
+    both = teacher.soft_labels(collate(images, [learned, learned], ["a", "b"], ["a", "b"]))
+    one = teacher.soft_labels(collate(images, [learned, padding], ["a", "b"], ["a", "b"]))
+    torch.testing.assert_close(one[0], both[0])
+    assert one[1].tolist() == [[pytest.approx(0.2)] * 5] and both[1].std() > 0
 
 
 def test_what_padding_holds_does_not_matter(section: TeacherSection) -> None:

@@ -96,7 +96,8 @@ class SourceReader:
         """Which of the vocabulary's categories each of the source's is; None without labels."""
         none = np.zeros(0, dtype=np.int64)
         self._columns = none if self.category_map is None else self.category_map.columns
-        if len(self._columns) and (self._columns < 0).all():
+        self._reached = np.unique(self._columns[self._columns >= 0])
+        if len(self._columns) and not len(self._reached):
             raise RecipeError(
                 f"source {self.name}: none of its {len(self._ids)} categories is one of the "
                 f"vocabulary's {vocabulary.num_categories}; choose another data.vocabulary, or set "
@@ -123,6 +124,23 @@ class SourceReader:
             return ()
         columns = self.columns(category_ids)
         return tuple(columns[columns >= 0].tolist())
+
+    def absent(self, samples: Sequence[Sample]) -> tuple[bool, tuple[int, ...]]:
+        """Of an image made of `samples`: whether all columns that nothing names count as absent,
+        and, if not, which.
+
+        A category is absent only where it is from all parts of a mosaic or of a pasted image. Where
+        the source's categories are some of the vocabulary's, it does not tell of the others: they
+        stand on its photographs without a box.
+        """
+        verified = set[int].intersection(*(set(s.negative_category_ids) for s in samples))
+        source = self.source
+        names_all = self.category_map is None or len(self._reached) == self.num_categories
+        if not source.samples_negatives or source.federated_negatives is not None or names_all:
+            return source.samples_negatives, self.known_columns(sorted(verified))
+        named = np.concatenate([sample.category_ids for sample in samples])
+        unnamed = np.setdiff1d(self._reached, self.columns(named))
+        return False, tuple(unnamed.tolist())
 
     def picture(self, sample: Sample) -> Picture:
         """The decoded image with its boxes; raises `DataError` when the image cannot be used."""
@@ -234,8 +252,7 @@ class TrainReader:
         if len(picture.labels) > self._max_boxes:
             reading.dropped[reader.name, CROWDED] += len(picture.labels) - self._max_boxes
             picture = draw_boxes(picture, self._max_boxes, rng)
-        # A category is absent only where it is from all parts of a mosaic or of a pasted image.
-        absent = set.intersection(*(set(sample.negative_category_ids) for sample in samples))
+        sampled_negatives, absent = reader.absent(samples)
         partial = set().union(*(sample.not_exhaustive_category_ids for sample in samples))
         source = reader.source
         # What is on a picture without a label is unknown, and so on all that it is a part of.
@@ -251,9 +268,9 @@ class TrainReader:
             seed=slot.seed,
             coarse=any(sample.coarse for sample in samples),
             extra=slot.stream == "extra",
-            negative_categories=reader.known_columns(sorted(absent)),
+            negative_categories=absent,
             not_exhaustive_categories=reader.known_columns(sorted(partial)),
-            sampled_negatives=source.samples_negatives,
+            sampled_negatives=sampled_negatives,
             class_weight=float(source.use_class and labelled),
             box_weight=float(source.use_box),
             semantic_weight=float(source.use_semantic),
