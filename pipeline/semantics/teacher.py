@@ -107,6 +107,12 @@ class Teacher:
         labels = (self.temperature * torch.cat(found) @ self._text.T).softmax(dim=-1)
         return list(labels.split([len(rows) for rows in found]))
 
+    def closest_names(self) -> tuple[int, int, float]:
+        """The two categories whose text embeddings are most alike, and their cosine."""
+        cosines = (self._text @ self._text.T).fill_diagonal_(-1.0)
+        place = int(cosines.argmax())
+        return *divmod(place, len(cosines)), float(cosines.flatten()[place])
+
     @torch.no_grad()
     def box_embeddings(self, batch: Batch) -> list[Tensor]:
         """Each image's (N_i, D) float32 unit rows, one for each box.

@@ -43,13 +43,14 @@ class BoxRanks:
     `column` (N,) is its category, `rank` (N,) how many categories the teacher holds for no less
     likely (0: it is the first; a tie counts against the teacher), `first` (N,) the category that
     the teacher holds for most likely, `overlap` (N,) the IoU of the box that the teacher saw with
-    the true one.
+    the true one, `entropy` (N,) that of its soft label in nats.
     """
 
     column: NDArray[np.int64]
     rank: NDArray[np.int64]
     first: NDArray[np.int64]
     overlap: NDArray[np.float64]
+    entropy: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.column)
@@ -67,6 +68,10 @@ class Classified:
     all_images: int
     unlabelled: int
     """Boxes without a label, which are left out."""
+    temperature: float
+    """What the teacher multiplies cosines by."""
+    closest: tuple[int, int, float]
+    """The two columns whose names the teacher can tell apart least, and their cosine."""
 
     @property
     def groups(self) -> dict[str, NDArray[np.bool_]]:
@@ -136,7 +141,17 @@ def classify(
             "classify: look at it with `longtail inspect`"
         )
     categories = vocabulary.categories
-    return Classified(recipe, categories, tuple(levels), found, done, index.num_samples, unlabelled)
+    return Classified(
+        recipe,
+        categories,
+        tuple(levels),
+        found,
+        done,
+        index.num_samples,
+        unlabelled,
+        teacher.temperature,
+        teacher.closest_names(),
+    )
 
 
 def rank_boxes(
@@ -210,7 +225,11 @@ def _ranks(target: Targets, soft: Tensor, moved: Sequence[Tensor]) -> Iterator[B
         own = row.gather(1, target.labels[:, None])
         rank = (~(row < own)).sum(dim=1) - 1  # What is not a number counts against it too.
         yield BoxRanks(
-            target.labels.numpy(), rank.numpy(), row.argmax(dim=1).numpy(), _iou(target, boxes)
+            target.labels.numpy(),
+            rank.numpy(),
+            row.argmax(dim=1).numpy(),
+            _iou(target, boxes),
+            torch.special.entr(row.double()).sum(dim=1).numpy(),
         )
 
 
@@ -223,5 +242,5 @@ def _iou(target: Targets, boxes: Tensor) -> NDArray[np.float64]:
 
 
 def _joined(parts: Iterable[BoxRanks]) -> BoxRanks:
-    columns = list(zip(*((p.column, p.rank, p.first, p.overlap) for p in parts), strict=True))
-    return BoxRanks(*(np.concatenate(column) for column in columns))
+    each = zip(*((p.column, p.rank, p.first, p.overlap, p.entropy) for p in parts), strict=True)
+    return BoxRanks(*(np.concatenate(column) for column in each))

@@ -19,7 +19,7 @@ from pipeline.study.teacher_ranks import (
     top_of_categories,
     validation_source,
 )
-from pipeline.study.zero_shot_page import describe_teacher, render, three
+from pipeline.study.zero_shot_page import describe_labels, describe_teacher, render, three
 
 NAME = "teacher-zero-shot"
 PUBLISHED: dict[str, dict[int, float]] = {
@@ -52,6 +52,7 @@ def zero_shot(
         published = figures["published"].get(group)
         known = f"   published {three(published)}" if published else ""
         lines.append(f"  {group:<9} {three(shares)}{known}")
+    lines.append(describe_labels(figures))
     return Outcome(f"{NAME}_{recipe.name}", render(found, rows, figures), rows, figures, lines)
 
 
@@ -79,6 +80,10 @@ def _figures(found: Classified) -> dict[str, Any]:
         "all_images": found.all_images,
         "boxes": len(ranks),
         "boxes_without_label": found.unlabelled,
+        "temperature": found.temperature,
+        "categories_of_a_soft_label": float(np.exp(ranks.entropy).mean()),
+        "closest_names": [found.categories[column].name for column in found.closest[:2]],
+        "closest_cosine": found.closest[2],
         "categories": size,
         "per_box": {
             group: named({k: top(ranks.rank[columns[ranks.column]], k) for k in TOPS})

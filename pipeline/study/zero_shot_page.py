@@ -43,6 +43,16 @@ def describe_teacher(recipe: Recipe) -> str:
     return f"{teacher.model}, {weights}, {text}, boxes read {_READ[regions]}"
 
 
+def describe_labels(figures: Mapping[str, Any]) -> str:
+    """How sharp soft labels are, and which names limit them."""
+    one, other = figures["closest_names"]
+    return (
+        f"temperature {figures['temperature']:.1f}; a soft label spreads over "
+        f"{figures['categories_of_a_soft_label']:.1f} categories (exp of its entropy, mean); names "
+        f"most alike: {one} and {other}, cosine {figures['closest_cosine']:.3f}"
+    )
+
+
 def scope_of(found: Classified) -> str:
     """Which images were looked at, and what was left out."""
     text = f"{found.images:,} images"
@@ -68,6 +78,7 @@ def render(found: Classified, rows: Sequence[Mapping[str, Any]], figures: Mappin
             ("boxes of", f"{figures['source']}, {scope_of(found)}"),
             ("boxes", f"{figures['boxes']:,}"),
             ("categories", f"{figures['categories']:,}"),
+            ("soft labels", describe_labels(figures)),
             (
                 "image size",
                 f"short side {transforms.evaluation_short_side}, long side up to "

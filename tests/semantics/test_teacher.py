@@ -230,3 +230,11 @@ def test_hash_follows_model_training_and_captions() -> None:
     assert plain != teacher_hash(section(steps=7), "digest")
     moved = captions.model_copy(update={"name": "moved"})
     assert plain == teacher_hash(section(captions=moved), "digest"), "the digest says what is read"
+
+
+def test_names_that_are_most_alike_are_told(section: TeacherSection) -> None:
+    rows = embeddings()
+    rows[3] = normalize(rows[1] + 0.1 * rows[2], dim=0)
+    teacher = Teacher(section, rows, None, "cpu")
+    one, other, cosine = teacher.closest_names()
+    assert (one, other) == (1, 3) and cosine == pytest.approx(float(rows[1] @ rows[3]))

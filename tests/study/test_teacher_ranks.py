@@ -148,7 +148,7 @@ def test_jittered_boxes_stay_in_the_image_and_are_a_pixel_large() -> None:
 
 def test_both_averages() -> None:
     column = np.array([0, 0, 0, 2])
-    ranks = BoxRanks(column, np.array([0, 4, 4, 0]), column, np.ones(4))
+    ranks = BoxRanks(column, np.array([0, 4, 4, 0]), column, np.ones(4), np.zeros(4))
     every = np.ones(3, bool)
     assert top(ranks.rank, 1) == 0.5 and top(ranks.rank, 5) == 1
     assert top(np.zeros(0, np.int64), 1) is None

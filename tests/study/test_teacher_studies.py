@@ -100,6 +100,8 @@ def test_zero_shot_counts_what_the_teacher_says(recipe: Recipe, tmp_path: Path) 
         boxes = sum(int(row["boxes"]) for row in rows if row["frequency"] == letter)
         assert boxes == figures["boxes_of"][name]
     assert json.loads((tmp_path / "teacher-zero-shot_tiny.json").read_text()) == figures
+    assert 1 < figures["categories_of_a_soft_label"] < 12
+    assert outcome.lines[-1].startswith(f"temperature {figures['temperature']:.1f}; a soft label")
 
 
 def test_noise_begins_with_the_true_boxes(recipe: Recipe, tmp_path: Path) -> None:
@@ -139,14 +141,16 @@ def test_published_figures_stand_beside_those_of_lvis_alone(recipe: Recipe) -> N
     from pipeline.study import zero_shot as module
 
     columns = np.arange(1203)
-    ranks = BoxRanks(columns, columns % 7, columns, np.ones(1203))
-    found = Classified(recipe, lvis_like(), (0.0,), (ranks,), 10, 10, 0)
+    ranks = BoxRanks(columns, columns % 7, columns, np.ones(1203), np.log(np.full(1203, 4.0)))
+    found = Classified(recipe, lvis_like(), (0.0,), (ranks,), 10, 10, 0, 100.0, (0, 2, 0.97))
     figures = module._figures(found)
     assert figures["published"]["rare"] == {"top1": 0.167, "top5": 0.299, "top10": 0.331}
     assert PUBLISHED["all"] == {1: 0.162, 5: 0.296, 10: 0.339}
     page = render(found, module._category_rows(found), figures)
     assert re.search(r"top-1, published</td><td>16\.2</td><td>16\.7</td><td>16\.4</td>", page)
     assert "CLIP RN50 on the boxes of LVIS v1 val" in page
+    said = "temperature 100.0; a soft label spreads over 4.0 categories (exp of its entropy, mean)"
+    assert f"{said}; names most alike: aerosol_can and thing_1, cosine 0.970" in page
 
 
 def test_recipes_that_cannot_be_studied_are_refused(recipe: Recipe, tmp_path: Path) -> None:
