@@ -239,24 +239,23 @@ class Engine:
         return norm
 
     def state(self) -> State | None:
-        """Gather the whole state on rank 0, None elsewhere; every rank must call it."""
-        weights = {name: tensor.detach() for name, tensor in self._frozen()}
-        moments = {}
-        averaged = {}
-        for name in self._trainable:
-            fragment = self._fragments.get(name)
-            flat = fragment.flat if fragment else None
-            weights[name] = self._whole(name, flat)
-            for moment in MOMENTS:
-                own = None if flat is None else self._adamw.state[flat][moment]
-                moments[f"{moment}/{name}"] = self._whole(name, own)
-            if self.section.ema_decay > 0:
-                averaged[name] = self._whole(name, None, self._averages.get(name))
-        if dist.get_rank() != 0:
+        """Gather the whole state on rank 0, None elsewhere; every rank must call it.
+
+        Only rank 0 copies it to host memory: a node has room for one copy, not for one per GPU.
+        """
+        first = dist.get_rank() == 0
+        if self.section.zero_stage == 0 and not first:
+            return None  # Rank 0 has all of it itself, and waits for nobody.
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "averaged": {}, "moments": {}}
+        for part, name, tensor in self._gathered():
+            if first:
+                parts[part][name] = tensor.detach().to("cpu", copy=True)
+        if not first:
             return None
-        weights |= {n: b.detach().cpu() for n, b in named_persistent_buffers(self._engine.module)}
+        for name, buffer in named_persistent_buffers(self._engine.module):
+            parts["weights"][name] = buffer.detach().cpu()
         updates = int(next(iter(self._adamw.state.values()))["step"])
-        return State(weights, averaged, moments, updates)
+        return State(**parts, updates=updates)
 
     def _step_replicated(self) -> float:
         """Stage 0 of DeepSpeed neither reports a norm nor guards against NaN gradients."""
@@ -315,8 +314,29 @@ class Engine:
         fragment = self._fragments[name]
         own.copy_(whole.flatten().narrow(0, fragment.start, fragment.numel))
 
+    def _gathered(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Each tensor of a `State` but the buffers, after its field and name; collective calls.
+
+        It is whole on rank 0, and only until the next one is asked for.
+        """
+        for name, parameter in self._engine.module.named_parameters():
+            if name in self._trainable:
+                continue
+            partitioned = [parameter] if self.section.zero_stage == 3 else []
+            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+                yield "weights", name, parameter
+        for name in self._trainable:
+            fragment = self._fragments.get(name)
+            flat = fragment.flat if fragment else None
+            yield "weights", name, self._whole(name, flat)
+            for moment in MOMENTS:
+                own = None if flat is None else self._adamw.state[flat][moment]
+                yield "moments", f"{moment}/{name}", self._whole(name, own)
+            if self.section.ema_decay > 0:
+                yield "averaged", name, self._whole(name, None, self._averages.get(name))
+
     def _whole(self, name: str, flat: Tensor | None, own: Tensor | None = None) -> Tensor:
-        """A parameter-shaped tensor on rank 0's CPU from each rank's part; a collective call.
+        """A parameter-shaped tensor on rank 0 from each rank's part; a collective call.
 
         The part is cut from `flat`, laid out as the optimizer's tensor, or given as `own`.
         """
@@ -325,20 +345,12 @@ class Engine:
             own = fragment.of(flat)
         if self.section.zero_stage == 0:
             assert own is not None
-            return own.view(self.shapes[name]).to("cpu", copy=True)
+            return own.view(self.shapes[name])
         whole = torch.zeros(self.shapes[name].numel(), device=self.device)
         if fragment is not None and own is not None:
             whole.narrow(0, fragment.start, fragment.numel).copy_(own)
         dist.reduce(whole, dst=0)
-        return whole.view(self.shapes[name]).cpu()
-
-    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            if name in self._trainable:
-                continue
-            partitioned = [parameter] if self.section.zero_stage == 3 else []
-            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-                yield name, parameter.detach().to("cpu", copy=True)
+        return whole.view(self.shapes[name])
 
 
 def _config(section: Training, accumulation: int, num_elements: int) -> dict[str, Any]:
