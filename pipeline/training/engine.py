@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -93,10 +95,12 @@ def named_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def init_process_group(device: torch.device) -> None:
-    """Make the default process group known to DeepSpeed; it must exist.
+def init_process_group(device: torch.device, patience: timedelta | None = None) -> None:
+    """Make the default process group, which must exist, known to DeepSpeed; all ranks call it.
 
-    Raises `RecipeError` when DeepSpeed works on another kind of device than `device`.
+    `patience` is how long a rank waits for another from now on, by default as long as the groups
+    were made for. Raises `RecipeError` when DeepSpeed works on another kind of device than
+    `device`.
 
     The compiled shared-memory operator of the CPU accelerator is declined: it would be built with
     a C++ compiler at first use, and gloo does the same work.
@@ -114,6 +118,12 @@ def init_process_group(device: torch.device) -> None:
         )
     backend = dist.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+    # DeepSpeed's own group, of the same ranks, would have PyTorch's default of 10 or 30 minutes.
+    for group in (dist.group.WORLD, groups._get_data_parallel_group()):
+        if patience is not None:
+            dist.set_timeout(patience, group)
+        # NCCL connects in the first call, by a store that keeps the patience of the rendezvous.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 @dataclass(frozen=True)

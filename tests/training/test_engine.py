@@ -2,6 +2,8 @@
 
 import math
 import re
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from toy_student import LAYOUTS, ToyDetector, run_ranks, toy_micro_batches
 
 from pipeline.detectors.interface import LossContext
 from pipeline.recipe import Training
+from pipeline.training.agreement import on_first_rank
 from pipeline.training.engine import (
     Engine,
     init_process_group,
@@ -180,6 +183,26 @@ def test_only_the_first_rank_holds_the_state_of_all_in_host_memory() -> None:
         assert first[layout] > 0.9 * whole, layout
         assert second[layout] < 0.3 * whole, layout
     assert second["0"] < 4 * WIDE**2, "nothing is gathered there"
+
+
+def wait_for_a_slow_first_rank() -> list[float]:
+    """The timeouts of all groups in s, after the first rank took longer than the group's first."""
+    dist.barrier()
+    dist.set_timeout(timedelta(seconds=4))
+    init_process_group(torch.device("cpu"), timedelta(seconds=300))
+    on_first_rank(lambda: time.sleep(6))
+    engines = [make_engine(layout) for layout in ("0", "1", "3")]
+    assert len(engines) == 3
+    made = dist.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in made]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+@pytest.mark.slow
+def test_ranks_wait_longer_for_each_other_than_to_find_each_other() -> None:
+    """In the groups that DeepSpeed has made too."""
+    for timeouts in run_ranks(wait_for_a_slow_first_rank, 2):
+        assert len(timeouts) >= 2 and set(timeouts) == {300.0}
 
 
 @pytest.mark.parametrize(
