@@ -15,8 +15,16 @@ from torch.distributed import DistStoreError
 
 from pipeline.cluster import connection  # first: it sets what Ray reads
 from pipeline.cluster.group import TrainingOffice
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.recipe import Recipe
-from pipeline.training.manifest import MANIFEST, checkpoint_dir
+from pipeline.training.checkpoint import first_manifest
+from pipeline.training.manifest import (
+    MANIFEST,
+    checkpoint_dir,
+    newest_verified,
+    publish,
+    read_manifest,
+)
 
 assert connection is not None
 
@@ -79,14 +87,18 @@ def test_a_machine_without_memory_is_named_and_tried_once_more(recipe: Recipe) -
     assert error is not None and error[0] == "MemoryExceeded" and "micro_batch" in error[1]
 
 
-def test_a_damaged_manifest_is_passed_over_in_words(recipe: Recipe) -> None:
+def test_an_unreadable_manifest_is_passed_over_in_words_as_by_the_workers(recipe: Recipe) -> None:
     supervisor = Supervisor(None, recipe, recipe.run_dir)
     assert supervisor._from_checkpoint() == "from the beginning"
+    good = checkpoint_dir(recipe.run_dir, 1)
+    publish(good, first_manifest(recipe, Vocabulary([])), lambda _: None)
     for step, text in ((2, "{"), (4, "[]")):
         checkpoint_dir(recipe.run_dir, step).mkdir(parents=True)
         (checkpoint_dir(recipe.run_dir, step) / MANIFEST).write_text(text)
     (checkpoint_dir(recipe.run_dir, 6) / MANIFEST).mkdir(parents=True)
-    assert supervisor._from_checkpoint() == "from the beginning"
+    checkpoint_dir(recipe.run_dir, 8).touch()
+    assert newest_verified(recipe.run_dir) == good
+    assert supervisor._from_checkpoint() == f"from step {read_manifest(good).step}"
 
 
 def test_a_rank_that_was_ended_is_named_and_not_who_lacks_it(recipe: Recipe) -> None:
