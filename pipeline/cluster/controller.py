@@ -129,8 +129,10 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         if is_preemption(error):
             self._say(logging.INFO, f"the run goes on elsewhere, {self._from_checkpoint()}")
             return
-        if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
+        if not isinstance(error, WorkerGroupError):
             return
+        if self._told_by_worker(error):
+            raise error  # `StartsAgain` is asked anew, and ends the run.
         self._failures += 1
         what = self._describe(error)
         number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
