@@ -34,7 +34,7 @@ from pipeline.cluster.failures import (
     out_of_memory,
 )
 from pipeline.cluster.watch import SILENT_S
-from pipeline.errors import ClusterError, LongtailError, MemoryExceeded
+from pipeline.errors import ClusterError, MemoryExceeded, StorageError
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import list_checkpoints, read_manifest
 from pipeline.training.out_of_memory import memory_advice
@@ -129,8 +129,10 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         if is_preemption(error):
             self._say(logging.INFO, f"the run goes on elsewhere, {self._from_checkpoint()}")
             return
-        if not isinstance(error, WorkerGroupError) or self._told_by_worker(error):
+        if not isinstance(error, WorkerGroupError):
             return
+        if self._told_by_worker(error):
+            raise error  # `StartsAgain` is asked anew, and ends the run.
         self._failures += 1
         what = self._describe(error)
         number = f"restart {self._failures} of {self._recipe.cluster.max_failures}"
@@ -284,10 +286,13 @@ class Supervisor(ControllerCallback, WorkerGroupCallback):
         return describe_failures(failures, self._workers, nodes)
 
     def _from_checkpoint(self) -> str:
-        """In words; a checkpoint that cannot be read is passed over, as the workers do."""
-        with suppress(OSError):
+        """In words; one whose manifest cannot be read is passed over, as the workers do.
+
+        They look at its files too, which takes long.
+        """
+        with suppress(StorageError):
             for directory in reversed(list_checkpoints(self._run_dir)):
-                with suppress(OSError, LongtailError):
+                with suppress(StorageError):
                     return f"from step {read_manifest(directory).step}"
         return "from the beginning"
 

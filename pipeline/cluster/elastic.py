@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -49,9 +50,9 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         expected = arguments.keys() >= {"scaling_policy", "failure_policy"}
         assert expected, "another Ray than constraints.txt has"
-        arguments["failure_policy"] = StartsAgain(self.run_config.failure_config)
+        given = self.train_loop_config
+        arguments["failure_policy"] = StartsAgain(self.run_config.failure_config, given["office"])
         if self.scaling_config.elasticity_enabled:
-            given = self.train_loop_config
             arguments["scaling_policy"] = NodesThatStay(
                 self.scaling_config,
                 given["office"],
@@ -69,10 +70,18 @@ class Trainer(TorchTrainer):
 class StartsAgain(DefaultFailurePolicy):
     """Ray's policy, which counts workers that are lost while a group starts as others are counted.
 
-    Ray itself tries some such starts again without end, and after others it ends the run.
+    Ray itself tries some such starts again without end, and after others it ends the run. Nothing
+    is tried again once the office has the error that the run is to end with: it would come again,
+    and places for workers might be waited for first.
     """
 
+    def __init__(self, failure_config: Any, office: Any) -> None:
+        super().__init__(failure_config)
+        self._office = office
+
     def make_decision(self, training_failed_error: Any) -> Any:
+        if ray.get(self._office.error.remote()) is not None:
+            return FailureDecision.RAISE
         lost = lost_at_start(training_failed_error)
         if lost is not None:
             training_failed_error = WorkerGroupError(str(lost), {})

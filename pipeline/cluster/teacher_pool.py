@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 4
 """How often a batch is sent to actors that die over it, before the run ends with an error."""
 PATIENCE_S = 300.0
-"""How long a pool of which no actor answers is waited for: less than ranks wait for each other."""
+"""How long a pool of which no actor answers is waited for: less than the default of
+`cluster.hang_timeout`, which would end the rank that waits."""
 SILENT_S = 120.0
 """How long an actor may leave the question unanswered whether it lives: one that is at work has a
 thread of its own for the answer, however long it takes over a batch."""

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -27,7 +28,7 @@ from pipeline.cluster.office import (
     wish_to_stop,
 )
 from pipeline.cluster.teacher_actor import recipe_actors
-from pipeline.cluster.watch import Watch, process_group_timeout_s
+from pipeline.cluster.watch import NEVER_S, Watch, rendezvous_timeout_s
 from pipeline.errors import ClusterError, LongtailError, MemoryExceeded, StopRequested
 from pipeline.recipe import Recipe
 from pipeline.training.manifest import newest_verified, refuse_another_recipe
@@ -143,7 +144,7 @@ def _make_trainer(recipe: Recipe, office: Any, teachers: list[Any], storage: str
         ),
         torch_config=TorchConfig(
             backend="nccl" if section.gpus_per_worker else "gloo",
-            timeout_s=process_group_timeout_s(section),
+            timeout_s=rendezvous_timeout_s(section),
         ),
         run_config=RunConfig(
             name=f"{recipe.name}-{secrets.token_hex(4)}",
@@ -209,5 +210,6 @@ def _train(recipe: Recipe, rank: int, office: Any, teachers: list[Any]) -> None:
         from pipeline.cluster.teacher_pool import TeacherPool
 
         pool = TeacherPool(teachers, recipe.teacher.batches_ahead, rank)
-    here.enter("joining the other ranks")
-    train(recipe, worker_device(recipe), check_in, soft_labels=pool)
+    here.enter("joining the other ranks", waits=True)
+    patience = timedelta(seconds=NEVER_S)
+    train(recipe, worker_device(recipe), check_in, soft_labels=pool, patience=patience)

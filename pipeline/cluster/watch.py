@@ -27,13 +27,14 @@ END_PATIENCE_S = 60.0
 SAME_S = 60.0
 """How much a clock may have been set while a process whose beginning it tells was at work."""
 NEVER_S = 24 * 3600
-"""How long ranks wait for each other where no timeout is set."""
+"""How long ranks wait for each other: with its moves one may take longer over a save, or over a
+teacher, than any timeout of the watch, which alone tells that from a hang."""
 MARGIN_S = 120
-"""Ranks wait for each other longer than the watch does, so that it names who is waited for."""
+"""While ranks find each other nobody beats yet; that takes no longer than a stage and this."""
 
 
-def process_group_timeout_s(section: Cluster) -> float:
-    """For `torch.distributed`: how long a rank waits for another before it raises."""
+def rendezvous_timeout_s(section: Cluster) -> float:
+    """How long ranks wait to find each other, before there is anything to watch."""
     return section.hang_timeout + MARGIN_S if section.hang_timeout else NEVER_S
 
 

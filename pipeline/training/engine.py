@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -93,10 +95,12 @@ def named_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def init_process_group(device: torch.device) -> None:
-    """Make the default process group known to DeepSpeed; it must exist.
+def init_process_group(device: torch.device, patience: timedelta | None = None) -> None:
+    """Make the default process group, which must exist, known to DeepSpeed; all ranks call it.
 
-    Raises `RecipeError` when DeepSpeed works on another kind of device than `device`.
+    `patience` is how long a rank waits for another from now on, by default as long as the groups
+    were made for. Raises `RecipeError` when DeepSpeed works on another kind of device than
+    `device`.
 
     The compiled shared-memory operator of the CPU accelerator is declined: it would be built with
     a C++ compiler at first use, and gloo does the same work.
@@ -114,6 +118,12 @@ def init_process_group(device: torch.device) -> None:
         )
     backend = dist.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+    # DeepSpeed's own group, of the same ranks, would have PyTorch's default of 10 or 30 minutes.
+    for group in (dist.group.WORLD, groups._get_data_parallel_group()):
+        if patience is not None:
+            dist.set_timeout(patience, group)
+        # NCCL connects in the first call, by a store that keeps the patience of the rendezvous.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 @dataclass(frozen=True)
@@ -239,24 +249,23 @@ class Engine:
         return norm
 
     def state(self) -> State | None:
-        """Gather the whole state on rank 0, None elsewhere; every rank must call it."""
-        weights = {name: tensor.detach() for name, tensor in self._frozen()}
-        moments = {}
-        averaged = {}
-        for name in self._trainable:
-            fragment = self._fragments.get(name)
-            flat = fragment.flat if fragment else None
-            weights[name] = self._whole(name, flat)
-            for moment in MOMENTS:
-                own = None if flat is None else self._adamw.state[flat][moment]
-                moments[f"{moment}/{name}"] = self._whole(name, own)
-            if self.section.ema_decay > 0:
-                averaged[name] = self._whole(name, None, self._averages.get(name))
-        if dist.get_rank() != 0:
+        """Gather the whole state on rank 0, None elsewhere; every rank must call it.
+
+        Only rank 0 copies it to host memory: a node has room for one copy, not for one per GPU.
+        """
+        first = dist.get_rank() == 0
+        if self.section.zero_stage == 0 and not first:
+            return None  # Rank 0 has all of it itself, and waits for nobody.
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "averaged": {}, "moments": {}}
+        for part, name, tensor in self._gathered():
+            if first:
+                parts[part][name] = tensor.detach().to("cpu", copy=True)
+        if not first:
             return None
-        weights |= {n: b.detach().cpu() for n, b in named_persistent_buffers(self._engine.module)}
+        for name, buffer in named_persistent_buffers(self._engine.module):
+            parts["weights"][name] = buffer.detach().cpu()
         updates = int(next(iter(self._adamw.state.values()))["step"])
-        return State(weights, averaged, moments, updates)
+        return State(**parts, updates=updates)
 
     def _step_replicated(self) -> float:
         """Stage 0 of DeepSpeed neither reports a norm nor guards against NaN gradients."""
@@ -315,8 +324,29 @@ class Engine:
         fragment = self._fragments[name]
         own.copy_(whole.flatten().narrow(0, fragment.start, fragment.numel))
 
+    def _gathered(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Each tensor of a `State` but the buffers, after its field and name; collective calls.
+
+        It is whole on rank 0, and only until the next one is asked for.
+        """
+        for name, parameter in self._engine.module.named_parameters():
+            if name in self._trainable:
+                continue
+            partitioned = [parameter] if self.section.zero_stage == 3 else []
+            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+                yield "weights", name, parameter
+        for name in self._trainable:
+            fragment = self._fragments.get(name)
+            flat = fragment.flat if fragment else None
+            yield "weights", name, self._whole(name, flat)
+            for moment in MOMENTS:
+                own = None if flat is None else self._adamw.state[flat][moment]
+                yield "moments", f"{moment}/{name}", self._whole(name, own)
+            if self.section.ema_decay > 0:
+                yield "averaged", name, self._whole(name, None, self._averages.get(name))
+
     def _whole(self, name: str, flat: Tensor | None, own: Tensor | None = None) -> Tensor:
-        """A parameter-shaped tensor on rank 0's CPU from each rank's part; a collective call.
+        """A parameter-shaped tensor on rank 0 from each rank's part; a collective call.
 
         The part is cut from `flat`, laid out as the optimizer's tensor, or given as `own`.
         """
@@ -325,20 +355,12 @@ class Engine:
             own = fragment.of(flat)
         if self.section.zero_stage == 0:
             assert own is not None
-            return own.view(self.shapes[name]).to("cpu", copy=True)
+            return own.view(self.shapes[name])
         whole = torch.zeros(self.shapes[name].numel(), device=self.device)
         if fragment is not None and own is not None:
             whole.narrow(0, fragment.start, fragment.numel).copy_(own)
         dist.reduce(whole, dst=0)
-        return whole.view(self.shapes[name]).cpu()
-
-    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            if name in self._trainable:
-                continue
-            partitioned = [parameter] if self.section.zero_stage == 3 else []
-            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-                yield name, parameter.detach().to("cpu", copy=True)
+        return whole.view(self.shapes[name])
 
 
 def _config(section: Training, accumulation: int, num_elements: int) -> dict[str, Any]:

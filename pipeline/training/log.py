@@ -1,6 +1,5 @@
 """What a run writes while it trains: recipe.yaml, environment.json, metrics.jsonl and the sinks."""
 
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -21,6 +20,7 @@ from pipeline.detectors.sampling import kernel_in_use
 from pipeline.errors import StorageError
 from pipeline.recipe import Recipe
 from pipeline.training.device import worker_device
+from pipeline.training.locks import open_lock, try_lock
 from pipeline.training.manifest import write_atomically
 from pipeline.training.metrics import SinkFeed, append_event, remove_lines_after
 
@@ -39,7 +39,6 @@ class RunLog:
 
     def __init__(self, recipe: Recipe, step: int) -> None:
         self._run_dir = run_dir = recipe.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment(recipe), indent=1))
         remove_lines_after(run_dir, step)
@@ -90,23 +89,19 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 def run_lock(run_dir: Path, patience_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
     """Hold a run directory against any other process, for as long as this one lives.
 
-    Raises `StorageError` when another holds it for `patience_s` seconds.
+    Raises `StorageError` when another holds it for `patience_s` seconds, and where it cannot be
+    written or locked.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     begun, said = time.monotonic(), False
     deadline = begun + patience_s
-    with (run_dir / ".lock").open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StorageError(
-                        f"another process is training in {run_dir}; wait for it or stop it"
-                    ) from None
-                if not said and time.monotonic() > begun + SAY_S:
-                    said = True
-                    logger.info("%s is held by another process; waiting for it to end", run_dir)
-                time.sleep(0.2)
+    with open_lock(run_dir / ".lock") as file:
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"another process is training in {run_dir}; wait for it or stop it"
+                )
+            if not said and time.monotonic() > begun + SAY_S:
+                said = True
+                logger.info("%s is held by another process; waiting for it to end", run_dir)
+            time.sleep(0.2)
         yield

@@ -86,8 +86,11 @@ class Run:
 
 Evaluate = Callable[[], None]
 """Evaluates the checkpoints that wait for it, in line."""
-IN_LINE_TIMEOUT = timedelta(hours=4)
-"""How long the other ranks wait for the first while it evaluates."""
+PATIENCE = timedelta(hours=1)
+"""How long ranks wait for each other where no watch ends those that hang: this ends them, so it is
+no more than the first may need for a save, on a disk that was full too."""
+IN_LINE_PATIENCE = timedelta(hours=4)
+"""The same where the first rank evaluates while the others wait."""
 
 
 def train(
@@ -96,6 +99,7 @@ def train(
     check_in: CheckIn,
     evaluate: Evaluate | None = None,
     soft_labels: SoftLabels | None = None,
+    patience: timedelta | None = None,
 ) -> None:
     """Train a stage from its newest checkpoint, or from its beginning, to its last step.
 
@@ -103,10 +107,10 @@ def train(
     there. It saves a checkpoint every `checkpoint_every` steps and after the last one. Each
     `evaluation.every` steps it saves one and marks it as waiting for its evaluation, and the first
     rank calls `evaluate` where it is given. `soft_labels` are a pool's; without it a teacher is
-    loaded here. When `check_in` of any rank is True, all ranks save in the same step and raise
-    `StopRequested`.
+    loaded here. `patience` is how long ranks wait for each other under a watch. When `check_in` of
+    any rank is True, all ranks save in the same step and raise `StopRequested`.
     """
-    init_process_group(device)
+    init_process_group(device, patience or patience_without_watch(recipe))
     with ExitStack() as stack:
         stack.enter_context(memory_explained(recipe, dist.get_rank()))
         here.enter("opening the run directory", 0, waits=dist.get_rank() > 0)
@@ -409,7 +413,7 @@ def train_here(recipe: Recipe, evaluate: Evaluate | None = None) -> None:
     torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        join_process_group(device, IN_LINE_TIMEOUT if recipe.evaluation.every else None)
+        join_process_group(device, patience_without_watch(recipe))
         first = dist.get_rank() == 0
         shown = stack.enter_context(ProgressBar(f"train {recipe.name}", "steps")) if first else None
 
@@ -422,11 +426,16 @@ def train_here(recipe: Recipe, evaluate: Evaluate | None = None) -> None:
         train(recipe, device, check_in, evaluate)
 
 
-def join_process_group(device: torch.device, timeout: timedelta | None = None) -> None:
+def patience_without_watch(recipe: Recipe) -> timedelta:
+    """How long a rank waits for another under torchrun."""
+    return IN_LINE_PATIENCE if recipe.evaluation.every else PATIENCE
+
+
+def join_process_group(device: torch.device, timeout: timedelta = PATIENCE) -> None:
     """Join torchrun's process group, or make one of this process alone, where there is none yet.
 
-    `timeout` is for the longest that a rank waits for another, torch's own by default. The group
-    lives as long as the process: DeepSpeed keeps hold of the first one that it sees.
+    `timeout` is for the longest that a rank waits for another. The group lives as long as the
+    process: DeepSpeed keeps hold of the first one that it sees.
     """
     if dist.is_initialized():
         return

@@ -129,6 +129,8 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest(**{part.name: tree[part.name] for part in fields(Manifest)})
     except FileNotFoundError:
         raise StorageError(f"{directory} has no {MANIFEST}: the save did not finish") from None
+    except OSError as error:
+        raise StorageError(f"{path} could not be read: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is damaged: {error!r}") from None
 
@@ -163,23 +165,33 @@ def verify(directory: Path, files: Collection[str] | None = None) -> Manifest:
         if files is not None and name not in files:
             continue
         path = directory / name
-        if not path.is_file():
-            raise StorageError(f"{path} is missing, and the manifest names it")
-        size = path.stat().st_size
-        if size != stated["bytes"]:
-            raise StorageError(f"{path} has {size} bytes, the manifest says {stated['bytes']}")
-        here.move()
-        if file_digest(path)["sha256"] != stated["sha256"]:
-            raise StorageError(f"{path} has another sha256 than the manifest says")
+        try:
+            _compare(path, stated)
+        except OSError as error:
+            raise StorageError(f"{path} could not be read: {error}") from error
     return manifest
 
 
+def _compare(path: Path, stated: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise StorageError(f"{path} is missing, and the manifest names it")
+    size = path.stat().st_size
+    if size != stated["bytes"]:
+        raise StorageError(f"{path} has {size} bytes, the manifest says {stated['bytes']}")
+    here.move()
+    if file_digest(path)["sha256"] != stated["sha256"]:
+        raise StorageError(f"{path} has another sha256 than the manifest says")
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint directories by name, oldest first, verified or not."""
+    """Checkpoint directories by name, oldest first, verified or not; raises `StorageError`."""
     root = checkpoints_dir(run_dir)
-    if not root.is_dir():
+    try:
+        found = [path for path in root.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in root.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    except OSError as error:
+        raise StorageError(f"{root} could not be read: {error}") from error
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 

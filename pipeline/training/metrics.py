@@ -1,6 +1,5 @@
 """metrics.jsonl: one line an event, of trainers and evaluations, passed on to the sinks."""
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import Recipe
+from pipeline.training.locks import open_lock, try_lock
 from pipeline.training.manifest import write_atomically
 from pipeline.training.sinks import open_sinks
-from pipeline.training.space import append_line, with_room
+from pipeline.training.space import append_line, read_lines, with_room
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,7 @@ class SinkFeed:
     def pass_on(self) -> None:
         """Send the lines that the sinks have not had."""
         offset = _read_offset(self._run_dir)
-        with (self._run_dir / METRICS).open("rb") as file:
-            file.seek(offset)
-            lines = file.read().splitlines(keepends=True)
-        for line in lines:
+        for line in read_lines(self._run_dir / METRICS, offset):
             if not line.endswith(b"\n"):
                 break  # A kill cut it short.
             offset += len(line)
@@ -89,14 +86,15 @@ def remove_lines_after(run_dir: Path, step: int) -> None:
     """Keep the lines up to `step`, and no line that a kill cut short."""
     with _exclusive(run_dir):
         path = run_dir / METRICS
-        path.touch()
+        with_room(path, 0, path.touch)
         offset, place, kept, passed = _read_offset(run_dir), 0, [], 0
-        for line in path.read_bytes().splitlines(keepends=True):
+        lines = read_lines(path)
+        for line in lines:
             place += len(line)
             if line.endswith(b"\n") and _step_of(line) <= step:
                 kept.append(line)
                 passed += len(line) if place <= offset else 0
-        if b"".join(kept) != path.read_bytes():
+        if kept != lines:
             _write_offset(run_dir, passed)  # First: a kill in between must not skip lines.
             write_atomically(path, b"".join(kept).decode())
 
@@ -110,11 +108,10 @@ def _step_of(line: bytes) -> float:
 
 def _read_offset(run_dir: Path) -> int:
     """What a damaged file says counts as nothing: sinks rather hear twice than never again."""
-    metrics = run_dir / METRICS
-    size = metrics.stat().st_size if metrics.exists() else 0
     try:
+        size = (run_dir / METRICS).stat().st_size
         offset = int((run_dir / _PASSED_ON).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return 0
     return offset if 0 <= offset <= size else 0
 
@@ -132,7 +129,6 @@ def _write_offset(run_dir: Path, offset: int) -> None:
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
     """Only one process at a time appends or rewrites: a line must not go to a file that is gone."""
-    path = run_dir / ".metrics_lock"
-    with with_room(path, 0, lambda: path.open("a")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open_lock(run_dir / ".metrics_lock") as lock:
+        try_lock(lock, wait=True)
         yield

@@ -51,6 +51,8 @@ def refuse_too_many(skipped_steps: int, allowed: int, named: str, path: Path) ->
         raise RecipeError(
             f"{skipped_steps} steps had a loss or gradient that is not finite, more than "
             f"training.max_skipped_steps {allowed}; samples of the last: {named}, all are in "
-            f"{path}. Look at them, lower training.learning_rate or training.clip_norm, or use "
-            "precision float32"
+            f"{path}. Look at them. With a higher training.max_skipped_steps the same command goes "
+            "on; a lower training.learning_rate or training.clip_norm, or training.precision "
+            f"float32, take a new name (name=NEW initialize_from={path.parents[1]}, which begins "
+            "with this run's newest checkpoint, if it has one)"
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.training.agreement import on_first_rank
-from pipeline.training.space import append_line
+from pipeline.training.space import append_line, read_lines
 
 Sample = tuple[str, int]
 """A sample's id, `SOURCE/KEY`, and the seed of its place in the plan."""
@@ -153,7 +153,7 @@ def _alike(first: StepRecord, second: StepRecord) -> bool:
 def _lines_by_rank(run_dir: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for path in sorted(run_dir.glob("samples_rank*.jsonl")):
         rank = int(path.stem.removeprefix("samples_rank"))
-        for text in path.read_bytes().splitlines():
+        for text in read_lines(path):
             try:
                 line = json.loads(text)
             except ValueError:

@@ -76,6 +76,18 @@ def append_line(path: Path, line: str) -> None:
     with_room(path, len(data), write)
 
 
+def read_lines(path: Path, offset: int = 0) -> list[bytes]:
+    """Lines from a byte on, with their ends, of which the last may lack it."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read().splitlines(keepends=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be read: {error}. See to that disk and run the same command again"
+        ) from error
+
+
 def error_of_library(error: Exception) -> OSError:
     """What a library says of a failed write, as the OSError that it is about."""
     found = _OS_ERROR.search(str(error))

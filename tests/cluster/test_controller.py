@@ -15,8 +15,16 @@ from torch.distributed import DistStoreError
 
 from pipeline.cluster import connection  # first: it sets what Ray reads
 from pipeline.cluster.group import TrainingOffice
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.recipe import Recipe
-from pipeline.training.manifest import MANIFEST, checkpoint_dir
+from pipeline.training.checkpoint import first_manifest
+from pipeline.training.manifest import (
+    MANIFEST,
+    checkpoint_dir,
+    newest_verified,
+    publish,
+    read_manifest,
+)
 
 assert connection is not None
 
@@ -72,21 +80,28 @@ def test_a_machine_without_memory_is_named_and_tried_once_more(recipe: Recipe) -
         "rank 1 was ended by Ray, for the memory of its machine was used up; restart 1" in said[0]
     )
     begin(supervisor, office, 0)
-    supervisor.after_controller_state_update(
-        RunningState(), RestartingState(training_failed_error=killed)
-    )
+    with pytest.raises(WorkerGroupError) as caught:
+        supervisor.after_controller_state_update(
+            RunningState(), RestartingState(training_failed_error=killed)
+        )
     error = office.error()
     assert error is not None and error[0] == "MemoryExceeded" and "micro_batch" in error[1]
+    policy = StartsAgain(FailureConfig(max_failures=9), Near(office))
+    assert policy.make_decision(ControllerError(caught.value)) is FailureDecision.RAISE
 
 
-def test_a_damaged_manifest_is_passed_over_in_words(recipe: Recipe) -> None:
+def test_an_unreadable_manifest_is_passed_over_in_words_as_by_the_workers(recipe: Recipe) -> None:
     supervisor = Supervisor(None, recipe, recipe.run_dir)
     assert supervisor._from_checkpoint() == "from the beginning"
+    good = checkpoint_dir(recipe.run_dir, 1)
+    publish(good, first_manifest(recipe, Vocabulary([])), lambda _: None)
     for step, text in ((2, "{"), (4, "[]")):
         checkpoint_dir(recipe.run_dir, step).mkdir(parents=True)
         (checkpoint_dir(recipe.run_dir, step) / MANIFEST).write_text(text)
     (checkpoint_dir(recipe.run_dir, 6) / MANIFEST).mkdir(parents=True)
-    assert supervisor._from_checkpoint() == "from the beginning"
+    checkpoint_dir(recipe.run_dir, 8).touch()
+    assert newest_verified(recipe.run_dir) == good
+    assert supervisor._from_checkpoint() == f"from step {read_manifest(good).step}"
 
 
 def test_a_rank_that_was_ended_is_named_and_not_who_lacks_it(recipe: Recipe) -> None:
@@ -107,7 +122,7 @@ def test_what_a_starting_group_loses_is_counted_and_its_places_are_free(recipe: 
     gone.__cause__ = ActorDiedError()
     broken = RayTaskError("setup", "", DistStoreError("timed out after 9s")).as_instanceof_cause()
     fault = RayTaskError("setup", "", TypeError("a fault of ours")).as_instanceof_cause()
-    policy = StartsAgain(FailureConfig(max_failures=2))
+    policy = StartsAgain(FailureConfig(max_failures=2), Near(TrainingOffice()))
     assert policy.make_decision(ControllerError(fault)) is FailureDecision.RAISE
     losses = [ControllerError(one) for one in (gone, broken, ActorDiedError())]
     no_places = ControllerError(WorkerGroupStartupTimeoutError(2))
@@ -136,6 +151,21 @@ def test_what_a_starting_group_loses_is_counted_and_its_places_are_free(recipe: 
     error = office.error()
     assert error is not None and error[0] == "ClusterError" and "loss 4 of workers" in error[1]
     assert len(ended) == 3, "there is none that starts"
+
+
+def test_what_a_worker_has_told_ends_the_run_and_is_not_tried_again(recipe: Recipe) -> None:
+    office = TrainingOffice()
+    policy = StartsAgain(FailureConfig(max_failures=2), Near(office))
+    raised = WorkerGroupError("failed", {0: TypeError("a shard is damaged")})
+    assert policy.make_decision(raised) is FailureDecision.RETRY
+    office.fail("StorageError", "a shard is damaged")
+    assert policy.make_decision(raised) is FailureDecision.RAISE
+
+    supervisor = Supervisor(Near(office), recipe, recipe.run_dir)
+    supervisor.after_controller_state_update(
+        RunningState(), ShuttingDownState(next_state=ErroredState(raised))
+    )
+    assert office.error() == ("StorageError", "a shard is damaged"), "and no other is told"
 
 
 free: dict[str, float] = {}

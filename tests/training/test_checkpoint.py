@@ -215,7 +215,26 @@ def drop_file(directory: Path) -> None:
     (directory / "averaged.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_bit, cut_short, drop_manifest, cut_manifest, drop_file])
+def put_folder_for_manifest(directory: Path) -> None:
+    drop_manifest(directory)
+    (directory / "manifest.json").mkdir()
+
+
+def spoil_disk(directory: Path) -> None:
+    """Of a file whose size is right every read fails (EIO)."""
+    path = directory / "manifest.json"
+    tree = json.loads(path.read_text())
+    tree["files"]["weights.safetensors"]["bytes"] = 0
+    path.write_text(json.dumps(tree))
+    (directory / "weights.safetensors").unlink()
+    (directory / "weights.safetensors").symlink_to("/proc/self/mem")
+
+
+DAMAGES = (flip_bit, cut_short, drop_manifest, cut_manifest, drop_file)
+UNREADABLE = (put_folder_for_manifest, spoil_disk)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *UNREADABLE])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(
     tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,10 @@
 """The engine against plain PyTorch, over ZeRO stages, ranks and micro-batches."""
 
 import math
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from toy_student import LAYOUTS, ToyDetector, run_ranks, toy_micro_batches
 
 from pipeline.detectors.interface import LossContext
 from pipeline.recipe import Training
+from pipeline.training.agreement import on_first_rank
 from pipeline.training.engine import (
     Engine,
     init_process_group,
@@ -136,6 +141,68 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
             assert not math.isfinite(norm), layout
             assert same, f"{layout}: weights or moments moved"
             assert loss == clean_loss and next_norm == clean_norm, f"{layout}: left over"
+
+
+WIDE = 1024
+"""Of a square weight: 4 MiB."""
+
+
+class Wide(nn.Module):
+    """32 MiB of weights, a fourth of them frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDE, WIDE, bias=False) for _ in range(8))
+        self.layers[:2].requires_grad_(False)
+
+
+def grown_while_gathering() -> dict[str, int]:
+    """By layout: by how many bytes the process's peak was above what it held before."""
+    init_process_group(torch.device("cpu"))
+    results = {}
+    for layout in ("0", "1", "3"):
+        engine = Engine(Wide(), section(**LAYOUTS[layout]), 1)
+        Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+        before = resident("VmRSS")
+        state = engine.state()
+        results[layout] = resident("VmHWM") - before
+        del engine, state
+    return results
+
+
+def resident(name: str) -> int:
+    [kilobytes] = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+
+
+@pytest.mark.slow
+def test_only_the_first_rank_holds_the_state_of_all_in_host_memory() -> None:
+    whole = (8 + 3 * 6) * 4 * WIDE**2
+    first, second = run_ranks(grown_while_gathering, 2)
+    for layout in first:
+        assert first[layout] > 0.9 * whole, layout
+        assert second[layout] < 0.3 * whole, layout
+    assert second["0"] < 4 * WIDE**2, "nothing is gathered there"
+
+
+def wait_for_a_slow_first_rank() -> list[float]:
+    """The timeouts of all groups in s, after the first rank took longer than the group's first."""
+    dist.barrier()
+    dist.set_timeout(timedelta(seconds=4))
+    init_process_group(torch.device("cpu"), timedelta(seconds=300))
+    on_first_rank(lambda: time.sleep(6))
+    engines = [make_engine(layout) for layout in ("0", "1", "3")]
+    assert len(engines) == 3
+    made = dist.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in made]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+@pytest.mark.slow
+def test_ranks_wait_longer_for_each_other_than_to_find_each_other() -> None:
+    """In the groups that DeepSpeed has made too."""
+    for timeouts in run_ranks(wait_for_a_slow_first_rank, 2):
+        assert len(timeouts) >= 2 and set(timeouts) == {300.0}
 
 
 @pytest.mark.parametrize(

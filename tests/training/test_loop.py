@@ -225,6 +225,8 @@ def test_steps_that_are_not_finite_are_recorded_and_too_many_stop_the_run(
         assert set(saved["loss_not_finite"]) <= set(saved["batch"])
         assert len(saved["batch"]) == recipe.training.batch_size
     assert all(sample in str(caught.value) for sample in skipped[1]["sample_ids"])
+    for way_on in ("a higher training.max_skipped_steps", f"initialize_from={recipe.run_dir},"):
+        assert way_on in str(caught.value)
 
 
 def batch_of(*targets: Targets) -> StepBatches:
