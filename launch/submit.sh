@@ -40,7 +40,11 @@ while [ $# -gt 0 ]; do
         --*) options+=("$1") ;;
         *=*) words+=("$(printf %q "$1")") ;;
         *)
-            [ -f "$1" ] || { echo "no recipe at $1" >&2 && exit 78; }
+            [ -f "$1" ] || {
+                echo "no recipe at $1. If it is the value of an option: --submission-id, --metadata-json," \
+                    "--entrypoint-num-cpus and --entrypoint-memory take one; give that of any other as --option=VALUE" >&2
+                exit 78
+            }
             recipes=$((recipes + 1))
             name="recipes/${recipes}_$(basename "$1")"
             cp "$1" "$stage/$name"

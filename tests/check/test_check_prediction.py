@@ -126,12 +126,14 @@ def test_gpus_of_teachers_and_of_evaluation_are_paid_for(folder: Path) -> None:
         "evaluation": {"every": 4, "gpus": 1, "cpus": 3},
         "training": {"steps": 3600},
     }
-    recipe = tiny_recipe(folder, "reserved", **changes)
-    assert reserved_gpus(recipe, 4) == (4, 1, 1 if recipe.data.validation else 0)
-    assert reserved_cpus(recipe, 4)[:2] == (16, 4)
+    unseen = tiny_recipe(folder, "unseen", **changes)
+    assert reserved_gpus(unseen, 4) == (4, 1, 0) and reserved_cpus(unseen, 4)[:3] == (16, 4, 0)
+    validation = unseen.data.train[0].model_dump() | {"name": "lvis_val"}
+    recipe = tiny_recipe(folder, "reserved", **changes | {"data": {"validation": validation}})
+    assert reserved_gpus(recipe, 4) == (4, 1, 1) and reserved_cpus(recipe, 4)[:3] == (16, 4, 3)
     total = reserved_gpus(recipe, 4).total
     text = "\n".join(run_lines(recipe, 4, step_time(recipe, 4, 1.0)))
-    assert f"{total:g} GPUs (4 for trainers, 1 for teachers" in text
+    assert f"{total:g} GPUs (4 for trainers, 1 for teachers, 1 for evaluation)" in text
     assert f"1.00 hours without evaluation; {total:.1f} GPU-hours" in text
     alone = tiny_recipe(folder, "alone", **changes | {"teacher": {}, "evaluation": {"gpus": 1}})
     assert reserved_gpus(alone, 4) == (4, 0, 0)

@@ -112,6 +112,15 @@ def test_submit_refuses_storage_that_nodes_would_not_share(tmp_path: Path, stora
     assert done.returncode == 78 and "no recipe at" in done.stderr
 
 
+def test_submit_says_which_options_take_a_value(tmp_path: Path) -> None:
+    recipe = tmp_path / "one.yaml"
+    recipe.touch()
+    option = ("--runtime-env-json", "{}")
+    done = run(ROOT / "launch" / "submit.sh", *option, recipe, STORAGE="/storage")
+    assert done.returncode == 78 and "no recipe at {}" in done.stderr
+    assert "--entrypoint-memory take one" in done.stderr and "--option=VALUE" in done.stderr
+
+
 SLURM = {
     "scontrol": """case "$*" in
   "show hostnames"*) echo node1 ;;

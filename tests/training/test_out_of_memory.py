@@ -44,6 +44,27 @@ def test_a_failed_allocation_names_rank_images_and_keys(tmp_path: Path) -> None:
         raise RuntimeError("another fault")
 
 
+def test_advice_names_what_is_left_to_lower_and_nothing_that_is_not(tmp_path: Path) -> None:
+    least = {"micro_batch": 1, "activation_checkpointing": True, "zero_stage": 3}
+    backbone = tiny_recipe(tmp_path, "any").detector.backbone.model_dump()
+    stages = {"backbone": {**backbone, "checkpointed_stages": 4}}
+
+    def advice(offload: str, failed: str) -> str:
+        training = {**least, "offload": offload}
+        recipe = tiny_recipe(tmp_path, "low", training=training, detector=stages)
+        with pytest.raises(MemoryExceeded) as caught, memory_explained(recipe, 0):
+            raise RuntimeError(failed)
+        return str(caught.value)
+
+    of_gpu, of_host = "CUDA out of memory. Tried to", "DefaultCPUAllocator: not enough memory"
+    first, second = advice("none", of_gpu), advice("optimizer", of_gpu)
+    assert "holds, by training.offload=optimizer (from training.zero_stage=1 on), or, " in first
+    assert "holds, by training.offload=all (with training.zero_stage=3), or, changing" in second
+    for nothing in (advice("all", of_gpu), advice("none", of_host)):
+        assert "holds, which is possible only by changing what is learnt: data.transf" in nothing
+        assert "offload" not in nothing and "by ," not in nothing
+
+
 @pytest.mark.slow
 def test_a_run_whose_memory_is_used_up_ends_with_that_error_and_goes_on_with_less(
     tmp_path: Path,
