@@ -106,8 +106,8 @@ class Cluster(Section):
     that join are not counted."""
     hang_timeout: NonNegative | None = 600
     """Seconds without progress of any worker after which the one that the others wait for is ended
-    and the run goes on from its newest checkpoint; null or 0: never. Longer than the longest step
-    and than the writing of a checkpoint."""
+    and the run goes on from its newest checkpoint; null or 0: never. Longer than the longest part
+    of a step and than the writing of one file of a checkpoint."""
     object_store_megabytes: PositiveCount = 200
 
     @field_validator("workers", mode="before")
