@@ -139,7 +139,7 @@ def _memory(
     share = _batches(recipe, workers)
     height, width = worst_canvas(recipe, share.micro_batch)
     drawn = recipe.detector.losses.federated_categories
-    columns = max(drawn, section.batch_size * data.max_boxes) if drawn else categories
+    columns = drawn + section.batch_size * data.max_boxes if drawn else categories
     batch = MicroBatch(share.micro_batch, height, width, data.max_boxes, min(columns, categories))
     student = meta_student(recipe, categories)
     size = ModelSize.of(student)

@@ -80,8 +80,11 @@ class StartsAgain(DefaultFailurePolicy):
         self._office = office
 
     def make_decision(self, training_failed_error: Any) -> Any:
-        if ray.get(self._office.error.remote()) is not None:
-            return FailureDecision.RAISE
+        try:
+            if ray.get(self._office.error.remote()) is not None:
+                return FailureDecision.RAISE
+        except RayError:
+            return FailureDecision.RAISE  # Without the office nobody could go on.
         lost = lost_at_start(training_failed_error)
         if lost is not None:
             training_failed_error = WorkerGroupError(str(lost), {})

@@ -91,7 +91,8 @@ class Source(Section):
     """What the class loss takes as absent from an image: every category of the step's columns that
     its labels do not name (as RichSem does for all sources), or only categories that the source
     verified as absent. Null is `verified` for image-level formats (imagenet21k, cc3m, cc12m), whose
-    labels are not exhaustive, and `sampled` for those with boxes. See docs/semantics.md."""
+    labels are not exhaustive, and `sampled` for those with boxes, where they can name the whole
+    vocabulary. See docs/semantics.md."""
     weight: Positive = 1.0
     """Share of this source among the sources of its stream."""
     keep_flagged: bool = False

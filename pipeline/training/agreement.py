@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,14 +43,14 @@ def agree_on_step(
     unshared: int = 0,
     *,
     coarse_boxes: bool = True,
-    semantics: bool = True,
+    semantics: Literal["none", "hard", "soft"] = "soft",
 ) -> StepFacts:
     """One all-reduce before the first micro-batch of a step.
 
     Padding samples (all weights 0) do not count, so the facts are the same for any world size. Nor
     do boxes that have no term: without `coarse_boxes` those of image-level images have none of
-    class and box, without `semantics` none has a semantic one. A `failure` of any rank, to read its
-    part, is raised on all ranks.
+    class and box, without a label a box has none of class, nor, with hard labels, of `semantics`.
+    A `failure` of any rank, to read its part, is raised on all ranks.
     """
     micro_batches = batches.micro_batches if batches else []
     said = torch.tensor([float(stop), float(failure is not None), float(unshared)])
@@ -58,15 +58,18 @@ def agree_on_step(
     by_term = torch.zeros(2, 3)
     labelled, sampled = torch.zeros(num_categories), torch.zeros(num_categories)
     for target in (target for batch in micro_batches for target in batch.targets):
-        boxes = coarse_boxes or not target.coarse
-        weights = target.class_weight * boxes, target.box_weight * boxes
-        has_term = torch.tensor([*weights, target.semantic_weight * semantics]) > 0
-        by_term[int(target.extra)] += len(target.labels) * has_term
-        total += len(target.labels) * has_term.any()
-        learned = target.class_weight or target.box_weight or target.semantic_weight
-        coarse_images += bool(target.coarse and learned)
+        detects = coarse_boxes or not target.coarse
+        teaches = semantics != "none" and target.semantic_weight > 0
+        classes, boxes = target.class_weight * detects > 0, target.box_weight * detects > 0
+        labels = target.labels[target.labels >= 0].cpu()
+        named, every = len(labels), len(target.labels)
+        taught = named if semantics == "hard" else every
+        by_term[int(target.extra)] += torch.tensor(
+            [named * classes, every * boxes, taught * teaches]
+        )
+        total += every * (classes or boxes or teaches)
+        coarse_images += bool(target.coarse and target.class_weight)
         if target.class_weight:
-            labels = target.labels[target.labels >= 0].cpu()
             counts = torch.bincount(labels, minlength=num_categories)
             labelled += counts
             sampled += counts * target.sampled_negatives
@@ -78,7 +81,9 @@ def agree_on_step(
     )
     if said[1]:
         raise first_failure(failure)
-    shares = total.clamp(min=1) / by_term.view(2, 3).clamp(min=1)
+    by_term = by_term.view(2, 3)
+    # A stream that has no box with the term has no term, but for its background.
+    shares = torch.where(by_term > 0, total / by_term.clamp(min=1), 1.0)
     return StepFacts(
         float(total),
         labelled.numpy().astype(np.int64),

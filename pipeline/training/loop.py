@@ -152,7 +152,7 @@ def train_steps(
             run.engine.device,
             len(run.stream.ledger.unshared),
             coarse_boxes=recipe.detector.losses.image_level == "boxes",
-            semantics=recipe.semantic is not None,
+            semantics="none" if recipe.semantic is None else recipe.semantic.labels,
         )
         if facts.unshared:
             share_unreadable(run, progress, log)

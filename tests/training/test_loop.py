@@ -265,7 +265,7 @@ def test_coarse_boxes_do_not_count_where_nothing_learns_from_them() -> None:
     facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
     assert facts.num_boxes == 5
     facts = agree_on_step(
-        batches, None, False, 5, torch.device("cpu"), coarse_boxes=False, semantics=False
+        batches, None, False, 5, torch.device("cpu"), coarse_boxes=False, semantics="none"
     )
     assert facts.num_boxes == 2
     assert facts.labelled.tolist() == [0, 1, 2, 1, 1]
@@ -281,7 +281,12 @@ def test_each_stream_is_divided_by_its_own_boxes_that_have_the_term() -> None:
     assert facts.shares == Shares((3.0, 6.0), (3.0, 1.5), (3.0, 1.5))
     assert facts.labelled.tolist() == [1, 1, 0, 1, 0] and facts.sampled.tolist() == [0, 1, 0, 1, 0]
     alone = agree_on_step(batch_of(labels(1, 3)), None, False, 5, torch.device("cpu"))
-    assert alone.shares == Shares((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))
+    assert alone.shares == Shares()
+    unmapped = batch_of(labels(1, -1, -1))
+    facts = agree_on_step(unmapped, None, False, 5, torch.device("cpu"))
+    assert facts.shares == Shares(classes=(3.0, 1.0)) and facts.num_boxes == 3
+    facts = agree_on_step(unmapped, None, False, 5, torch.device("cpu"), semantics="hard")
+    assert facts.shares == Shares(classes=(3.0, 1.0), semantics=(3.0, 1.0))
 
 
 def test_lines_after_the_resumed_step_go_and_so_does_half_a_line(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "no labels": {"class_weight": 0.0},
     "no boxes": {"box_weight": 0.0},
     "no semantics": {"semantic_weight": 0.0},
+    "not exhaustive": {"not_exhaustive_categories": (11,)},
 }
 
 

@@ -18,9 +18,10 @@ class SumOfFocalLosses(torch.autograd.Function):
     `logits` is (L, B, Q, K) float32 and `weight` (B, Q), of every entry of a query. All entries are
     negatives but those at `positive` (L, P) int64, flat positions in `logits`, each at most once in
     effect: entry i of them counts as a positive with `positive_weight` (L, P), which is its query's
-    weight, or 0 where there is no positive after all. `negatives` (B, K), 1 where it is not given,
-    is what negatives weigh in each column of each image. Only the derivative is stored, one tensor
-    of the size of `logits`, where autograd would keep four.
+    weight, or 0 where there is no positive after all. What negatives weigh in each column of each
+    image is `negatives` (B, K), and `matched` (B, K), nowhere less, on queries with a positive; 1
+    where they are not given. Only the derivative is stored, one tensor of the size of `logits`,
+    where autograd would keep four.
     """
 
     @staticmethod
@@ -33,6 +34,7 @@ class SumOfFocalLosses(torch.autograd.Function):
         alpha: float,
         gamma: float,
         negatives: Tensor | None = None,
+        matched: Tensor | None = None,
     ) -> Tensor:
         num_layers, num_images, num_queries, num_columns = logits.shape
         rows = logits.reshape(-1, num_columns)
@@ -58,6 +60,14 @@ class SumOfFocalLosses(torch.autograd.Function):
         change = alpha * as_positive - (1 - alpha) * as_negative
         slope = -alpha * positive_slope - (1 - alpha) * negative_slope
         slopes.view(-1).index_add_(0, positive.flatten(), (slope * positive_weight).flatten())
+        if negatives is not None and matched is not None:
+            row = positive // num_columns
+            more = (matched - negatives)[row // num_queries % num_images]  # (L, P, K)
+            more = more.scatter(2, (positive % num_columns)[..., None], 0.0)
+            more = (1 - alpha) * more * positive_weight[..., None]
+            value, steep = _negative(rows[row], gamma)
+            total = total + (value * more).sum((1, 2))
+            slopes.index_add_(0, row.flatten(), (steep * more).flatten(0, 1))
         ctx.save_for_backward(slopes)
         ctx.shape = logits.shape
         return total + (change * positive_weight).sum(1)
@@ -67,12 +77,7 @@ class SumOfFocalLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         gradient = slopes.view(ctx.shape) * gradients[0][:, None, None, None]
-        return gradient, None, None, None, None, None, None
-
-
-def sum_of_negatives(logits: Tensor, weight: Tensor, gamma: float) -> Tensor:
-    """(L,) weighted sums of the focal loss without alpha, all entries of (L, P, K) negatives."""
-    return (logits.sigmoid() ** gamma * F.softplus(logits) * weight).sum((1, 2))
+        return gradient, None, None, None, None, None, None, None
 
 
 def _weigh(value: Tensor, slope: Tensor, negatives: Tensor, start: int, shape: torch.Size) -> None:

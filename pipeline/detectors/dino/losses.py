@@ -10,7 +10,7 @@ from pipeline import recipe
 from pipeline.data.batch import Targets
 from pipeline.detectors.boxes import cxcywh_to_xyxy, generalized_iou
 from pipeline.detectors.dino.denoising import DenoisingLayout
-from pipeline.detectors.dino.focal import SumOfFocalLosses, sum_of_negatives
+from pipeline.detectors.dino.focal import SumOfFocalLosses
 from pipeline.detectors.dino.matcher import Matches, PaddedTargets, match
 from pipeline.detectors.dino.negatives import Negatives, column_positions, negative_weights
 from pipeline.detectors.interface import LossContext, Shares
@@ -123,17 +123,9 @@ def focal_loss(
         section.focal_alpha,
         section.focal_gamma,
         None if negatives is None else negatives.unmatched,
+        None if negatives is None else negatives.matched,
     )
-    if negatives is None:
-        return total
-    # What that leaves out of the queries that answer for a label, which is none of its negatives.
-    left_out = (negatives.matched - negatives.unmatched)[assignment.image]  # (L, P, K)
-    left_out = left_out.scatter(2, columns.clamp(min=0)[..., None], 0.0)
-    answers = weight[assignment.image, assignment.query] * (columns >= 0)
-    rows = logits[layer, assignment.image, assignment.query]
-    return total + (1 - section.focal_alpha) * sum_of_negatives(
-        rows, left_out * answers[..., None], section.focal_gamma
-    )
+    return total
 
 
 def box_losses(
