@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINT = '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nexit ${CODE:-0}\n'
@@ -244,13 +243,15 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray would put the machine's address in the place of 127.0.0.1.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # `ray job stop` would give a job three seconds to save.
+        "RAY_JOB_STOP_WAIT_TIME_S": "300",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     words = (
         "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}",
-        "--num-cpus=1", "--object-store-memory=100000000", f"--temp-dir={folder}",
+        "--num-cpus=2", "--object-store-memory=200000000", f"--temp-dir={folder}",
     )  # fmt: skip
     process = subprocess.Popen(words, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     try:
@@ -266,26 +267,42 @@ def head() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_submitted_job_works_on_the_cluster_it_was_submitted_to(
+def test_a_submitted_job_trains_stops_and_goes_on_on_the_cluster_it_was_submitted_to(
     tmp_path: Path, head: dict[str, str]
 ) -> None:
     storage = tmp_path / "storage"
     storage.mkdir()
-    tree = yaml.safe_load((ROOT / "tests" / "recipes" / "tiny_pretrain.yaml").read_text())
-    recipe = tmp_path / "tiny_pretrain.yaml"
-    recipe.write_text(yaml.safe_dump(tree))
-    submit = ROOT / "launch" / "submit.sh"
+    submit, recipe = (
+        ROOT / "launch" / "submit.sh",
+        ROOT / "tests" / "recipes" / "tiny_pretrain.yaml",
+    )
+    command = (recipe, "training.steps=40", "cluster.workers=1")
+    given = head | {"STORAGE": str(storage)}
     deadline = time.monotonic() + 120
     while True:
-        done = run(submit, recipe, **head, STORAGE=str(storage), VERB="prepare")
+        done = run(submit, "--no-wait", "--submission-id", "first", *command, **given)
         # The head's job server listens before the agent is there that starts jobs.
         if "No available agent" not in done.stderr or time.monotonic() > deadline:
             break
         time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "shards of objects365: 20 images" in done.stdout
-    assert (storage / "miniature" / "shards" / "objects365").is_dir()
 
-    stranger = head | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    refused = run(submit, recipe, **stranger, STORAGE=str(storage), VERB="prepare")
+    metrics = storage / "runs" / "tiny_pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not metrics.exists() or metrics.read_text().count('"event": "step"') < 2:
+        assert time.monotonic() < deadline, run("ray", "job", "logs", "first", **head).stdout
+        time.sleep(0.2)
+    stopped = run("ray", "job", "stop", "first", **head)
+    said = run("ray", "job", "logs", "first", **head).stdout
+    assert "was stopped" in stopped.stdout + stopped.stderr, stopped
+    assert re.search(r"stopped after step \d+ of 40 and saved", said), said
+
+    again = run(submit, *command, **given)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "shards of objects365: 20 images" in said and "going on from" in again.stdout
+    steps = [line for line in metrics.read_text().splitlines() if '"event": "step"' in line]
+    assert len(steps) == 40, "each step once"
+
+    stranger = given | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    refused = run(submit, *command, **stranger)
     assert refused.returncode != 0 and "uthenticat" in refused.stdout + refused.stderr
