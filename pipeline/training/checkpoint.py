@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 DECODER = "jpeg decoder"
 """Key of a manifest's versions under which the decoder of images is."""
+TEXT = "text_embeddings"
+CLASS_HEADS = ("class_embed", "encoder_class_embed", "label_embed")
+"""Parts of a detector that a language and a linear head make differently, under these names."""
 VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
 
 
@@ -225,7 +228,7 @@ def load_detector(
             "cannot detect; import it again with --annotations"
         )
     weights = load_weights(directory, use_ema)
-    embeddings = [t for name, t in weights.items() if name.split(".")[-1] == "text_embeddings"]
+    embeddings = [t for name, t in weights.items() if name.split(".")[-1] == TEXT]
     backbone = recipe.detector.backbone.model_copy(update={"weights": None})
     detector = build_detector(
         recipe.detector.model_copy(update={"backbone": backbone}),
@@ -263,9 +266,9 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     """Copy a checkpoint's detector into a fresh one, by name, across vocabularies.
 
     Rows of per-category parameters go to the column of the same category; the others stay fresh,
-    and so do per-category buffers (text embeddings), which follow from this recipe. Averaged
-    weights are taken where the source has them. Raises `RecipeError` for another shape, or when
-    nothing fits.
+    and so do per-category buffers (text embeddings), which follow from this recipe, and a class
+    head of another kind. Averaged weights are taken where the source has them. Raises `RecipeError`
+    for another shape, or when nothing fits.
     """
     source = load_weights(directory, ema=True)
     theirs = Vocabulary.from_json(read_manifest(directory).vocabulary)
@@ -277,9 +280,12 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     report.matched_categories = int(columns[matched].unique().numel())
     target = detector.state_dict()
     report.unused = sorted(source.keys() - target.keys())
+    # A language head has text, a linear one has not; their parameters share names, not meaning.
+    other_head = (TEXT in source) != (TEXT in target)
     for name, tensor in target.items():
         given = source.get(name)
-        if given is None or (name in category_axes and name not in parameters):
+        of_head = other_head and name.split(".")[0] in CLASS_HEADS
+        if given is None or of_head or (name in category_axes and name not in parameters):
             report.fresh.append(name)
         elif name in category_axes and _rows_of(given, tensor, category_axes[name], theirs):
             axis = category_axes[name]
@@ -300,10 +306,7 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
 
 
 def _rows_of(given: Tensor, tensor: Tensor, axis: int, theirs: Vocabulary) -> bool:
-    """Whether `given` has a row for each of their categories, and rows like those of `tensor`.
-
-    A head of another kind has a parameter of the same name and another meaning.
-    """
+    """Whether `given` has a row for each of their categories, and rows like those of `tensor`."""
     alike = (*given.shape[:axis], *given.shape[axis + 1 :]) == (
         *tensor.shape[:axis],
         *tensor.shape[axis + 1 :],

@@ -324,6 +324,21 @@ def test_initialization_maps_rows_of_shared_categories(tmp_path: Path) -> None:
     assert "3 of 4 categories" in str(report)
 
 
+def test_a_class_head_of_another_kind_begins_anew(tmp_path: Path) -> None:
+    """One has text and the other has not: what has the same name means something else."""
+    [directory] = save_steps(tmp_path, 5)
+    linear = ToyDetector(4)
+    del linear.text_embeddings
+    linear.class_embed = nn.Linear(3, 4)
+    fresh = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    report = initialize(linear, directory, vocabulary(["ring", "sun", "cat", "dog"]))
+    for name in ("class_embed.weight", "class_embed.bias"):
+        assert torch.equal(linear.state_dict()[name], fresh[name])
+    assert report.fresh == ["class_embed.weight", "class_embed.bias"] and not report.mapped
+    source = load_weights(directory, ema=True)
+    assert torch.equal(linear.box_embed.weight, source["box_embed.weight"])
+
+
 def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
     [directory] = save_steps(tmp_path, 5)
     detector = ToyDetector(NUM_CATEGORIES)
