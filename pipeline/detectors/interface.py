@@ -81,6 +81,9 @@ class Detector(Protocol):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     feature_dim: int
+    class_heads: tuple[str, ...]
+    """Its parts that are made of text, or of one row a category: another kind of head has others
+    under the same names."""
 
     def forward(
         self,

@@ -54,8 +54,6 @@ logger = logging.getLogger(__name__)
 DECODER = "jpeg decoder"
 """Key of a manifest's versions under which the decoder of images is."""
 TEXT = "text_embeddings"
-CLASS_HEADS = ("class_embed", "encoder_class_embed", "label_embed")
-"""Parts of a detector that a language and a linear head make differently, under these names."""
 VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
 
 
@@ -282,9 +280,10 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     report.unused = sorted(source.keys() - target.keys())
     # A language head has text, a linear one has not; their parameters share names, not meaning.
     other_head = (TEXT in source) != (TEXT in target)
+    heads: tuple[str, ...] = detector.class_heads  # type: ignore[assignment]
     for name, tensor in target.items():
         given = source.get(name)
-        of_head = other_head and name.split(".")[0] in CLASS_HEADS
+        of_head = other_head and name.split(".")[0] in heads
         if given is None or of_head or (name in category_axes and name not in parameters):
             report.fresh.append(name)
         elif name in category_axes and _rows_of(given, tensor, category_axes[name], theirs):

@@ -34,8 +34,7 @@ def class_columns(
     number = max(0, section.federated_categories - int(present.sum()))
     drawn = np.argsort(-keys, kind="stable")[:number]
     drawn = drawn[weights[drawn] > 0]
-    columns = np.union1d(np.flatnonzero(present), drawn)
-    return columns if len(columns) else None
+    return np.union1d(np.flatnonzero(present), drawn)
 
 
 def loss_context(
@@ -49,11 +48,12 @@ def loss_context(
     """The context of a step: columns are its sample, and what else labels of whole images name."""
     columns, sampled = None, None
     sample = class_columns(facts.sampled > 0, image_counts, section, seed, step)
-    every = np.union1d([] if sample is None else sample, np.flatnonzero(facts.labelled))
-    if 0 < section.federated_categories < len(image_counts) and len(every):
-        columns = torch.from_numpy(every.astype(np.int64)).to(device)
-        if sample is None or len(every) > len(sample):
-            sampled = torch.from_numpy(np.isin(every, [] if sample is None else sample)).to(device)
+    if sample is not None:
+        every = np.union1d(sample, np.flatnonzero(facts.labelled))
+        # Without a column there would be no class loss at all: then it visits the vocabulary.
+        columns = torch.from_numpy(every).to(device) if len(every) else None
+        if len(every) > len(sample):
+            sampled = torch.from_numpy(np.isin(every, sample)).to(device)
     return LossContext(
         max(1.0, facts.num_boxes), columns, max(1.0, facts.coarse_images), sampled, facts.shares
     )

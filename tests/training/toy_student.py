@@ -39,6 +39,7 @@ class ToyDetector(nn.Module):
     pixel_mean = (0.485, 0.456, 0.406)
     pixel_std = (0.229, 0.224, 0.225)
     feature_dim = 5
+    class_heads = ("class_embed",)
 
     def __init__(self, num_categories: int = NUM_CATEGORIES) -> None:
         super().__init__()

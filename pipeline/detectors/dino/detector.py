@@ -62,6 +62,7 @@ class DinoDetector(nn.Module):
     """
 
     text_embeddings: Tensor | None
+    class_heads = ("class_embed", "encoder_class_embed", "label_embed")
 
     def __init__(
         self,
