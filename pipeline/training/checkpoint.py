@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.data.images import decoder_name
 from pipeline.data.vocabulary.categories import Vocabulary
@@ -55,6 +56,8 @@ DECODER = "jpeg decoder"
 """Key of a manifest's versions under which the decoder of images is."""
 TEXT = "text_embeddings"
 VERSIONS_OF = ("torch", "torchvision", "deepspeed", "ray", "timm", "open_clip_torch", "numpy")
+_SAME_TEXT = 0.5
+"""Mean cosine of the same names above which two texts are taken to be of one tower."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Initialization:
     unused: list[str] = field(default_factory=list)
     matched_categories: int = 0
     num_categories: int = 0
+    another_head: bool = False
 
     def __str__(self) -> str:
         text = (
@@ -112,6 +116,8 @@ class Initialization:
                 f", rows of {len(self.mapped)} mapped for {self.matched_categories} of "
                 f"{self.num_categories} categories"
             )
+        if self.another_head:
+            text += "; the class heads there are of another kind or another text, and begin anew"
         return text
 
 
@@ -265,8 +271,8 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
 
     Rows of per-category parameters go to the column of the same category; the others stay fresh,
     and so do per-category buffers (text embeddings), which follow from this recipe, and a class
-    head of another kind. Averaged weights are taken where the source has them. Raises `RecipeError`
-    for another shape, or when nothing fits.
+    head of another kind, or of text in another space. Averaged weights are taken where the source
+    has them. Raises `RecipeError` for another shape, or when nothing fits.
     """
     source = load_weights(directory, ema=True)
     theirs = Vocabulary.from_json(read_manifest(directory).vocabulary)
@@ -278,12 +284,11 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     report.matched_categories = int(columns[matched].unique().numel())
     target = detector.state_dict()
     report.unused = sorted(source.keys() - target.keys())
-    # A language head has text, a linear one has not; their parameters share names, not meaning.
-    other_head = (TEXT in source) != (TEXT in target)
+    report.another_head = _is_another_head(source, target, columns)
     heads: tuple[str, ...] = detector.class_heads  # type: ignore[assignment]
     for name, tensor in target.items():
         given = source.get(name)
-        of_head = other_head and name.split(".")[0] in heads
+        of_head = report.another_head and name.split(".")[0] in heads
         if given is None or of_head or (name in category_axes and name not in parameters):
             report.fresh.append(name)
         elif name in category_axes and _rows_of(given, tensor, category_axes[name], theirs):
@@ -302,6 +307,29 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     if not report.copied:
         raise RecipeError(f"initialize_from {directory}: no parameter there fits this detector")
     return report
+
+
+def _is_another_head(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], columns: Tensor
+) -> bool:
+    """Whether parameters of the class heads share names, not meaning: a language head has text, a
+    linear one has not, and the text of another tower is in another space.
+
+    Other prompts leave a name where it was (mean cosines of the miniature teacher's three sets are
+    0.93 and more); towers that were trained apart put it anywhere. `columns` is the category here
+    of each one there, -1 without. Where no category is shared, text of equal width counts as that
+    of one tower.
+    """
+    theirs, ours = source.get(TEXT), target.get(TEXT)
+    if theirs is None or ours is None:
+        return (theirs is None) != (ours is None)
+    if theirs.shape[1] != ours.shape[1]:
+        return True
+    shared = columns >= 0
+    if not shared.any():
+        return False
+    before, now = theirs[shared].float(), ours[columns[shared]].float().to(theirs.device)
+    return bool(functional.cosine_similarity(before, now).mean() < _SAME_TEXT)
 
 
 def _rows_of(given: Tensor, tensor: Tensor, axis: int, theirs: Vocabulary) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_engine import BATCH, MICRO, section, toy_student, train_step
-from torch import nn
+from torch import Tensor, nn
 from toy_student import LAYOUTS, NUM_CATEGORIES, ToyDetector, run_ranks
 
 from pipeline.data.vocabulary.categories import Category, Vocabulary
@@ -337,6 +337,31 @@ def test_a_class_head_of_another_kind_begins_anew(tmp_path: Path) -> None:
     assert report.fresh == ["class_embed.weight", "class_embed.bias"] and not report.mapped
     source = load_weights(directory, ema=True)
     assert torch.equal(linear.box_embed.weight, source["box_embed.weight"])
+
+
+def _other_text(kind: str) -> Tensor:
+    """For 4 categories, where the toy's own are rows of three ones."""
+    texts = {
+        "other prompts": torch.tensor([1.0, 0.9, 0.6]),
+        "another tower": torch.tensor([1.0, -2.0, 1.1]),
+        "another width": torch.ones(5),
+    }
+    return texts[kind].expand(4, -1).clone()
+
+
+@pytest.mark.parametrize("kind", ["other prompts", "another tower", "another width"])
+def test_a_class_head_of_another_text_begins_anew(tmp_path: Path, kind: str) -> None:
+    """The same names elsewhere in the text's space are another tower's; a little aside are not."""
+    [directory] = save_steps(tmp_path, 5)
+    detector = ToyDetector(4)
+    detector.text_embeddings = _other_text(kind)
+    fresh = detector.class_embed.weight.detach().clone()
+    report = initialize(detector, directory, vocabulary(["ring", "sun", "cat", "dog"]))
+    anew = kind != "other prompts"
+    assert torch.equal(detector.class_embed.weight, fresh) == anew == report.another_head
+    assert ("begin anew" in str(report)) == anew
+    source = load_weights(directory, ema=True)
+    assert torch.equal(detector.box_embed.weight, source["box_embed.weight"])
 
 
 def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
