@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,31 @@ def test_quickstart_plan_has_a_long_tail() -> None:
     seen = Counter(column for columns in images for column in columns)
     assert [seen[column] for column in range(72)] == counts.tolist()
     assert min(count for band in world.validation for count in band.counts()) >= 5
+
+
+def test_rare_categories_of_the_benchmark_have_shapes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other category of LVIS or Objects365 shows them, so nothing else teaches them."""
+    world = replace(
+        miniature._WORLDS["benchmark"],
+        train=(miniature._Band(24, 14, 14), miniature._Band(24, 12, 12), miniature._Band(24, 2, 1)),
+        validation=(miniature._Band(24, 2, 2),) * 3,
+        objects365=miniature._Band(48, 2, 2),
+        imagenet_images=(1, 1),
+        captions=4,
+    )
+    monkeypatch.setitem(miniature._WORLDS, "benchmark", world)
+    draw_world(tmp_path, "benchmark", 0)
+    categories = load(tmp_path, "train")["categories"]
+    shapes = {c["name"]: c["name"].split("_")[-1] for c in categories}
+    assert len(shapes) == 72
+    rare = {c["name"] for c in categories if c["frequency"] == "r"}
+    assert len(rare) == 24
+    assert all((shape in ("star", "cross")) == (name in rare) for name, shape in shapes.items())
+    document = json.loads((tmp_path / "objects365/zhiyuan_objv2_train.json").read_text())
+    others = {c["name"].lower().split()[-1] for c in document["categories"]}
+    assert others == {"disc", "ring", "square", "triangle"}
 
 
 def test_objects365_has_other_categories(tiny: Path) -> None:

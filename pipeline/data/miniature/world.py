@@ -26,7 +26,6 @@ from pipeline.errors import RecipeError
 
 Size = Literal["tiny", "quickstart", "benchmark"]
 MARKER = "miniature.json"
-_VERSION = 3
 _CHUNK_IMAGES = 250
 _JPEG_QUALITY = 90
 _OBJECTS_PER_IMAGE = (2, 3, 4, 4, 5, 6)
@@ -70,6 +69,12 @@ class _World:
     """How many common categories have image-level data beside all the rare ones."""
     imagenet_images: tuple[int, int]
     captions: int
+    version: int
+    """Of what is drawn: a folder of another one is refused."""
+    imagenet_sizes: tuple[float, float] = (0.45, 0.9)
+    """Sizes of ImageNet's objects, as fractions of the shorter side of their image."""
+    rare_shapes: tuple[str, ...] = ()
+    """Shapes that rare categories have, and no other of LVIS or Objects365."""
 
 
 _WORLDS: dict[str, _World] = {
@@ -80,6 +85,7 @@ _WORLDS: dict[str, _World] = {
         imagenet_common=1,
         imagenet_images=(2, 4),
         captions=96,
+        version=3,
     ),
     "quickstart": _World(
         train=(_Band(24, 212, 106), _Band(24, 95, 12), _Band(24, 10, 1)),
@@ -88,6 +94,7 @@ _WORLDS: dict[str, _World] = {
         imagenet_common=8,
         imagenet_images=(20, 30),
         captions=6000,
+        version=3,
     ),
     "benchmark": _World(
         train=(_Band(24, 700, 110), _Band(24, 98, 12), _Band(24, 10, 1)),
@@ -96,6 +103,8 @@ _WORLDS: dict[str, _World] = {
         imagenet_common=24,
         imagenet_images=(80, 120),
         captions=30000,
+        version=4,
+        rare_shapes=("star", "cross"),
     ),
 }
 
@@ -136,15 +145,13 @@ def draw_world(root: str | Path, size: Size, seed: int, run_tasks: RunTasks | No
     default draws in line. Raises `RecipeError` where `root` holds another world.
     """
     root = Path(root)
-    marker: dict[str, object] = {"size": size, "seed": seed, "version": _VERSION}
+    world = _WORLDS[size]
+    marker: dict[str, object] = {"size": size, "seed": seed, "version": world.version}
     if _is_drawn(root, marker):
         return
-    world = _WORLDS[size]
     run: RunTasks = run_tasks or _in_line
     compositions = _compositions(seed)
-    num_lvis = sum(band.categories for band in world.train)
-    lvis = sorted(compositions[:num_lvis])
-    others = compositions[num_lvis : num_lvis + world.objects365.categories]
+    lvis, others = _vocabularies(world, compositions)
     categories = _draw_lvis(root, world, seed, lvis, run)
     _draw_objects365(root, world, seed, others, run)
     _draw_imagenet(root, world, seed, categories, run)
@@ -177,12 +184,28 @@ def _compositions(seed: int) -> list[Composition]:
     return [COMPOSITIONS[i] for i in order]
 
 
+def _vocabularies(
+    world: _World, compositions: Sequence[Composition]
+) -> tuple[list[Composition], list[Composition]]:
+    """LVIS's categories by name, and those of Objects365, which LVIS has not."""
+    num_lvis = sum(band.categories for band in world.train)
+    num_rare = world.train[-1].categories if world.rare_shapes else 0
+    rare = [c for c in compositions if c.shape in world.rare_shapes][:num_rare]
+    rest = [c for c in compositions if c.shape not in world.rare_shapes]
+    num_rest = num_lvis - num_rare
+    others = rest[num_rest : num_rest + world.objects365.categories]
+    return sorted(rest[:num_rest] + rare), others
+
+
 def _draw_lvis(
     root: Path, world: _World, seed: int, lvis: Sequence[Composition], run: RunTasks
 ) -> list[dict[str, object]]:
     """Draw both splits of LVIS and give the categories with the counts of the train split."""
     rng = np.random.default_rng([seed, 1])
-    rank = rng.permutation(len(lvis))
+    rare = np.array([composition.shape in world.rare_shapes for composition in lvis])
+    rank = np.empty(len(lvis), np.int64)
+    rank[~rare] = rng.permutation(int((~rare).sum()))
+    rank[rare] = int((~rare).sum()) + rng.permutation(int(rare.sum()))
     documents = []
     for part, bands in ((1, world.train), (2, world.validation)):
         counts = np.array([count for band in bands for count in band.counts()])[rank]
@@ -386,7 +409,8 @@ def _draw_imagenet(
         for k in range(int(rng.integers(*world.imagenet_images, endpoint=True))):
             canvas = _canvas(rng, (96, 144), (0, 0))
             side = min(canvas.width, canvas.height)
-            canvas = canvas._replace(sizes=(0.45 * side, 0.9 * side))
+            low, high = world.imagenet_sizes
+            canvas = canvas._replace(sizes=(low * side, high * side))
             path = f"imagenet21k/{wnid}/{wnid}_{k + 1}.JPEG"
             pictures.append(_Picture(path, canvas, (Composition(pattern, colour, shape),)))
     _draw(root, seed, 4, pictures, run)
