@@ -72,7 +72,7 @@ def agree_on_step(
         if target.class_weight:
             counts = torch.bincount(labels, minlength=num_categories)
             labelled += counts
-            sampled += counts * target.sampled_negatives
+            sampled += counts * (target.sampled_negatives and detects)
     parts = [said, total, coarse_images, by_term.flatten(), labelled, sampled]
     numbers = torch.cat(parts).to(device)
     dist.all_reduce(numbers)

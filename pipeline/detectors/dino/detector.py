@@ -17,6 +17,7 @@ from pipeline.detectors.dino.image_level import (
     choose_queries,
     image_labels,
     image_level_losses,
+    spared_labels,
     with_image_boxes,
     without_image_level,
 )
@@ -205,7 +206,12 @@ class DinoDetector(nn.Module):
         outputs = Outputs(matching, encoder, denoising if layout else None, layout)
         with torch.autocast(decoded.hidden.device.type, enabled=False):
             losses, matches = compute_losses(
-                section, outputs, targets, context, self.num_categories
+                section,
+                outputs,
+                targets,
+                context,
+                self.num_categories,
+                spared_labels(section, given),
             )
         regions = matched_regions(decoded.hidden, num_denoising, matches, layout)
         if section.image_level != "boxes":

@@ -8,8 +8,9 @@ for the label, `image_box` the last query, whose first box is made to be the who
 appends such a proposal). An image's labels share its weight; the encoder's cells and the denoising
 queries have no part in it.
 
-Left out of the published code: its Deformable DETR also pushes all queries of such an image towards
-background on the sampled columns.
+The published Deformable DETR also pushes all queries of such an image towards background on the
+sampled columns. Here that is for sources whose negatives are `sampled`, and spares the image's own
+labels.
 """
 
 from collections.abc import Sequence
@@ -43,18 +44,28 @@ def is_image_level(section: recipe.Losses, target: Targets) -> bool:
 
 
 def without_image_level(section: recipe.Losses, targets: Sequence[Targets]) -> list[Targets]:
-    """Targets for all other losses: without the boxes of images that are for this one."""
+    """Targets for all other losses: without the boxes of images that are for this one.
+
+    Their class loss has background alone, and that only where what they do not name is absent.
+    """
     return [
         replace(
             target,
             boxes=target.boxes[:0],
             labels=target.labels[:0],
-            class_weight=0.0,
+            class_weight=target.class_weight * target.sampled_negatives,
             box_weight=0.0,
         )
         if is_image_level(section, target)
         else target
         for target in targets
+    ]
+
+
+def spared_labels(section: recipe.Losses, targets: Sequence[Targets]) -> list[Tensor]:
+    """Of each image the labels that are no background of it: those of its image-level loss."""
+    return [
+        target.labels[: len(target.labels) * is_image_level(section, target)] for target in targets
     ]
 
 

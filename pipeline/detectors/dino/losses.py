@@ -174,6 +174,7 @@ def compute_losses(
     targets: Sequence[Targets],
     context: LossContext,
     num_categories: int,
+    spared: Sequence[Tensor] = (),
 ) -> tuple[dict[str, Tensor], Matches]:
     """Losses by log key, and the Hungarian matches of the decoder layers and of the encoder.
 
@@ -186,7 +187,7 @@ def compute_losses(
     """
     padded = pad_targets(targets, context.class_columns, num_categories)
     negatives = negative_weights(
-        targets, padded, context.class_columns, num_categories, context.sampled_columns
+        targets, padded, context.class_columns, num_categories, context.sampled_columns, spared
     )
     weights = image_weights(targets, context.shares)._replace(negatives=negatives)
     num_layers = len(outputs.decoder.logits)

@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.batch import Targets
 from pipeline.detectors.dino.matcher import PaddedTargets
@@ -49,10 +51,13 @@ def negative_weights(
     class_columns: Tensor | None,
     num_categories: int,
     sampled_columns: Tensor | None = None,
+    spared: Sequence[Tensor] = (),
 ) -> Negatives | None:
     """The negatives of a batch; None where all columns count in all images, as on box data by
-    default."""
-    if sampled_columns is None and all(target.sampled_negatives for target in targets):
+    default. `spared` are labels of each image that its unmatched queries do not learn as absent,
+    though no box has them."""
+    spares = any(len(labels) for labels in spared)
+    if sampled_columns is None and not spares and all(t.sampled_negatives for t in targets):
         return None
     device = padded.columns.device
     if class_columns is None:
@@ -72,9 +77,12 @@ def negative_weights(
     sampled = torch.tensor([[target.sampled_negatives] for target in targets])
     sampled = sampled.to(device, non_blocking=True)
     sample = weights.new_ones(count) if sampled_columns is None else sampled_columns.to(weights)
-    return Negatives(
-        torch.where(sampled, sample, 1.0), torch.where(sampled, sample, weights[:, :count])
-    )
+    unmatched = torch.where(sampled, sample, weights[:, :count])
+    if spares:
+        labels = pad_sequence(list(spared), batch_first=True, padding_value=-1)
+        column = torch.where(labels < 0, count, place[labels])
+        unmatched = F.pad(unmatched, (0, 1)).scatter(1, column, 0.0)[:, :count]
+    return Negatives(torch.where(sampled, sample, 1.0), unmatched)
 
 
 def _padded(categories: Sequence[tuple[int, ...]], padding: int) -> Tensor:

@@ -30,7 +30,8 @@ COLUMNS = torch.tensor([7, 0, 3, 5, 11])
 def coarse(*labels: int, **facts: object) -> Targets:
     boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(len(labels), 4).clone()
     tensor = torch.tensor(labels, dtype=torch.int64)
-    return replace(Targets(boxes, tensor, 0, (64, 64), (64, 64), coarse=True), **facts)
+    target = Targets(boxes, tensor, 0, (64, 64), (64, 64), coarse=True, sampled_negatives=False)
+    return replace(target, **facts)
 
 
 def with_way(way: str, **changes: object) -> dict[str, object]:
@@ -104,6 +105,39 @@ def test_other_losses_do_not_see_image_level_boxes(make_targets: MakeTargets) ->
     assert len(emptied.boxes) == len(emptied.labels) == 0
     assert (emptied.class_weight, emptied.box_weight, emptied.semantic_weight) == (0, 0, 1)
     assert without_image_level(Losses(), targets) == targets
+    [background] = without_image_level(section, [coarse(1, 2, sampled_negatives=True)])
+    assert (len(background.boxes), background.class_weight, background.box_weight) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_negatives_are_sampled_all_queries_are_background_but_for_the_labels(
+    make_detector: MakeDetector, make_targets: MakeTargets, images: Images, way: str
+) -> None:
+    """By hand for the last layer: 0.75 p^2 -log(1 - p) of every query in the sample's columns that
+    the image does not name; columns that are no sample teach nothing."""
+    detector = make_detector(losses=with_way(way), denoising={"num_queries": 0})
+    facts = {"sampled_negatives": True}
+    targets = [coarse(7, **facts), coarse(0, 3, **facts), coarse(5), coarse(7, 7, 3, **facts)]
+    sample = torch.tensor([True, True, False, True, True])
+    context = LossContext(4.0, COLUMNS, 4.0, sample)
+    losses = detector(*images, targets, context).losses
+    with torch.no_grad():
+        logits, _ = detector(*images)
+    if way == "image_box":  # its last query is another one than in inference
+        assert losses["loss/class"].item() > 0
+    else:
+        expected = 0.0
+        for target, rows in zip(targets, logits.double(), strict=True):
+            named = set(target.labels.tolist()) | {3}
+            for column in [c for c in COLUMNS.tolist() if c not in named]:
+                p = rows[:, column].sigmoid()
+                wanted = 0.75 * p.square() * -(1 - p).log() * target.sampled_negatives
+                expected += float(wanted.sum())
+        assert losses["loss/class"].item() == pytest.approx(expected / 4, rel=1e-5)
+    assert losses["loss/box_l1"].item() == losses["loss/box_giou"].item() == 0
+    alone = detector(*images, [replace(t, sampled_negatives=False) for t in targets], context)
+    for key in ("loss/image_level", "loss/image_level_0"):
+        assert torch.equal(losses[key], alone.losses[key])
 
 
 def train(
