@@ -104,6 +104,7 @@ _WORLDS: dict[str, _World] = {
         imagenet_images=(80, 120),
         captions=30000,
         version=4,
+        imagenet_sizes=(0.7, 0.95),
         rare_shapes=("star", "cross"),
     ),
 }
