@@ -1,0 +1,110 @@
+"""What costs a detector its AP50: false positives by kind, and what AP50 gains without each.
+
+    python benchmarks/detection_errors.py annotations/lvis_v1_val.json RUN [RUN ...]
+
+RUN is a run's folder (its newest evaluation is read) or a json of detections. Of detections that
+count and are no true positive at an IoU of 0.5, a kind is (after Bolya et al. 2020, "TIDE"):
+
+double      fits a box of its category that a better detection has
+loose       lies on a box of its category, with an IoU of 0.1 to 0.5
+category    lies on a box of another category (0.1 and more)
+background  lies on nothing that is annotated
+
+Each column is AP50 of rare, common and frequent categories: as it is, then what it gains when no
+detection of the kind is counted. Boxes that nothing finds are what is left.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation.detections import Detections, load_detections
+from pipeline.evaluation.federated_ap import LVIS, accumulate, kept
+from pipeline.evaluation.ground_truth import GroundTruth, load_annotations, parse_ground_truth
+from pipeline.evaluation.matching import Matches, match
+
+KINDS = ("double", "loose", "category", "background")
+FITS, TOUCHES = 0.5, 0.1
+
+
+def boxes_of(matches: Matches, detections: Detections) -> NDArray[np.float64]:
+    """(D, 4) xywh of the rows of `matches`, which are known by image and rank within it."""
+    order = np.lexsort((-detections.score, detections.image_id))
+    image = detections.image_id[order]
+    first = np.searchsorted(image, matches.image_id)
+    return detections.bbox[order[first + matches.rank]]
+
+
+def overlaps(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """IoU of xywh boxes (4,) and (N, 4)."""
+    low = np.maximum(box[:2], others[:, :2])
+    high = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:])
+    both = (high - low).clip(0).prod(1)
+    return np.asarray(both / (box[2:].prod() + others[:, 2:].prod(1) - both))
+
+
+def kinds_of(truth: GroundTruth, matches: Matches, boxes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The kind of each row of `matches`, -1 where it is right or ignored."""
+    first_bit = np.uint8(128)  # all areas, an IoU of 0.5
+    counts = (matches.true_positive[:, 0] | matches.ignored[:, 0]) & first_bit == 0
+    order = np.argsort(truth.image, kind="stable")
+    bounds = np.searchsorted(truth.image[order], np.arange(len(truth.image_ids) + 1))
+    image = np.searchsorted(truth.image_ids, matches.image_id)
+    kinds = np.full(len(boxes), -1, np.int64)
+    for row in np.flatnonzero(counts).tolist():
+        here = order[bounds[image[row]] : bounds[image[row] + 1]]
+        iou = overlaps(boxes[row], truth.bbox[here])
+        own = truth.column[here] == matches.column[row]
+        most = iou[own].max(initial=0.0)
+        if most >= TOUCHES:
+            kinds[row] = 0 if most >= FITS else 1
+        else:
+            kinds[row] = 2 if iou.max(initial=0.0) >= TOUCHES else 3
+    return kinds
+
+
+def rows_of(truth: GroundTruth, detections: Detections) -> dict[str, list[float]]:
+    """By frequency: AP50 in percent, and its gain without each kind."""
+    matches = match(truth, detections)
+    keep = kept(matches, LVIS)
+    kinds = kinds_of(truth, matches, boxes_of(matches, detections))
+    without = [keep, *(keep & (kinds != kind) for kind in range(len(KINDS)))]
+    found = [accumulate(matches, rows) for rows in without]
+    rows = {}
+    for frequency in "rcf":
+        columns = np.flatnonzero([each == frequency for each in truth.frequencies])
+        values = [100 * (one.ap(iou_threshold=0.5, columns=columns) or 0.0) for one in found]
+        rows[frequency] = [values[0], *(value - values[0] for value in values[1:])]
+    return rows
+
+
+def find_detections(run: Path) -> Path:
+    """The json itself, or that of a run's newest evaluation."""
+    if run.is_file():
+        return run
+    found = sorted(run.glob("evaluations/step_*/detections.json"))
+    if not found:
+        raise SystemExit(f"{run}: no evaluations/step_*/detections.json; run longtail evaluate")
+    return found[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    options = parser.parse_args()
+    truth = parse_ground_truth(load_annotations(options.annotations))
+    print(f"{'':32}{'AP50':>12}" + "".join(f"{kind:>12}" for kind in KINDS))
+    for run in options.runs:
+        for frequency, values in rows_of(truth, load_detections(find_detections(run))).items():
+            name = f"{run.stem}, {frequency}"
+            gains = "".join(f"{value:+12.1f}" for value in values[1:])
+            print(f"{name:32}{values[0]:12.1f}{gains}")
+
+
+if __name__ == "__main__":
+    main()
