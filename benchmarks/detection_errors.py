@@ -11,7 +11,8 @@ category    lies on a box of another category (0.1 and more)
 background  lies on nothing that is annotated
 
 Each column is AP50 of rare, common and frequent categories: as it is, then what it gains when no
-detection of the kind is counted. Boxes that nothing finds are what is left.
+detection of the kind is counted (together more than each by itself), then what is still lacking
+when none is: boxes that nothing finds.
 """
 
 import argparse
@@ -66,17 +67,19 @@ def kinds_of(truth: GroundTruth, matches: Matches, boxes: NDArray[np.float64]) -
 
 
 def rows_of(truth: GroundTruth, detections: Detections) -> dict[str, list[float]]:
-    """By frequency: AP50 in percent, and its gain without each kind."""
+    """By frequency: AP50 in percent, its gain without each kind, and what is missed."""
     matches = match(truth, detections)
     keep = kept(matches, LVIS)
     kinds = kinds_of(truth, matches, boxes_of(matches, detections))
-    without = [keep, *(keep & (kinds != kind) for kind in range(len(KINDS)))]
+    without = [keep, *(keep & (kinds != kind) for kind in range(len(KINDS))), keep & (kinds < 0)]
     found = [accumulate(matches, rows) for rows in without]
     rows = {}
     for frequency in "rcf":
         columns = np.flatnonzero([each == frequency for each in truth.frequencies])
-        values = [100 * (one.ap(iou_threshold=0.5, columns=columns) or 0.0) for one in found]
-        rows[frequency] = [values[0], *(value - values[0] for value in values[1:])]
+        aps = [one.ap(iou_threshold=0.5, columns=columns) for one in found]
+        values = [float("nan") if ap is None else 100 * ap for ap in aps]
+        gains = [value - values[0] for value in values[1:-1]]
+        rows[frequency] = [values[0], *gains, 100 - values[-1]]
     return rows
 
 
@@ -98,12 +101,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     options = parser.parse_args()
     truth = parse_ground_truth(load_annotations(options.annotations))
-    print(f"{'':32}{'AP50':>12}" + "".join(f"{kind:>12}" for kind in KINDS))
+    print(f"{'':32}{'AP50':>12}" + "".join(f"{kind:>12}" for kind in (*KINDS, "missed")))
     for run in options.runs:
         for frequency, values in rows_of(truth, load_detections(find_detections(run))).items():
-            name = f"{run.stem}, {frequency}"
-            gains = "".join(f"{value:+12.1f}" for value in values[1:])
-            print(f"{name:32}{values[0]:12.1f}{gains}")
+            name = f"{run.name}, {frequency}"
+            gains = "".join(f"{value:+12.1f}" for value in values[1:-1])
+            print(f"{name:32}{values[0]:12.1f}{gains}{values[-1]:12.1f}")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,8 @@ def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each row (3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds of each row (3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (0)")
     parser.add_argument("--rows", nargs="+", choices=read_rows(), default=list(read_rows()))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -287,7 +288,7 @@ def fill(settings: Settings, results: list[Result], arguments: argparse.Namespac
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     there = {(result["row"], result["seed"]) for result in results}
     tasks: list[tuple[str, int]] = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         missing = [(name, seed) for name in arguments.rows if (name, seed) not in there]
         tasks += [(PRETRAINING, seed), *missing] if missing else []
 

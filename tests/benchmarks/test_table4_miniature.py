@@ -80,7 +80,7 @@ def test_the_pre_training_fits_and_knows_nothing_of_the_tail(tmp_path: Path) -> 
     assert before.name == after.initialize_from and before.seed == after.seed
     assert before.teacher == after.teacher
     free = {
-        "losses": {"federated_categories", "weight_image_level"},
+        "losses": {"federated_categories", "coarse_box_cost", "weight_image_level"},
         "backbone": {"frozen_stages"},
     }
     assert before.detector.model_dump(exclude=free) == after.detector.model_dump(exclude=free)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.data.miniature import world as miniature
 from pipeline.data.miniature.drawing import COMPOSITIONS, MAX_HIDDEN, Canvas, draw_scene
+from pipeline.data.miniature.sizes import WORLDS, Band
 from pipeline.data.miniature.world import MARKER, draw_world
 from pipeline.errors import RecipeError
 from pipeline.recipe import Source
@@ -117,7 +118,7 @@ def test_frequencies_follow_from_the_counts(tiny: Path) -> None:
 
 def test_quickstart_plan_has_a_long_tail() -> None:
     """Twenty-four categories in each band, at LVIS's own thresholds, without drawing a pixel."""
-    world = miniature._WORLDS["quickstart"]
+    world = WORLDS["quickstart"]
     counts = np.array([count for band in world.train for count in band.counts()])
     assert Counter("r" if c <= 10 else "c" if c <= 100 else "f" for c in counts) == {
         "f": 24,
@@ -137,14 +138,14 @@ def test_rare_categories_of_the_benchmark_have_shapes_of_their_own(
 ) -> None:
     """No other category of LVIS or Objects365 shows them, so nothing else teaches them."""
     world = replace(
-        miniature._WORLDS["benchmark"],
-        train=(miniature._Band(24, 14, 14), miniature._Band(24, 12, 12), miniature._Band(24, 2, 1)),
-        validation=(miniature._Band(24, 2, 2),) * 3,
-        objects365=miniature._Band(48, 2, 2),
+        WORLDS["benchmark"],
+        train=(Band(24, 14, 14), Band(24, 12, 12), Band(24, 2, 1)),
+        validation=(Band(24, 2, 2),) * 3,
+        objects365=Band(48, 2, 2),
         imagenet_images=(1, 1),
         captions=4,
     )
-    monkeypatch.setitem(miniature._WORLDS, "benchmark", world)
+    monkeypatch.setitem(WORLDS, "benchmark", world)
     draw_world(tmp_path, "benchmark", 0)
     categories = load(tmp_path, "train")["categories"]
     shapes = {c["name"]: c["name"].split("_")[-1] for c in categories}

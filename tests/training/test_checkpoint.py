@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_engine import BATCH, MICRO, section, toy_student, train_step
-from torch import Tensor, nn
-from toy_student import LAYOUTS, NUM_CATEGORIES, ToyDetector, run_ranks
+from torch import nn
+from toy_student import LAYOUTS, ToyDetector, run_ranks
 
 from pipeline.data.vocabulary.categories import Category, Vocabulary
 from pipeline.errors import RecipeError, StorageError
@@ -20,8 +20,6 @@ from pipeline.training.checkpoint import (
     Progress,
     State,
     export_detector,
-    find_source,
-    initialize,
     load_state,
     load_weights,
     restore,
@@ -302,99 +300,6 @@ def test_only_what_does_not_change_learning_may_change_in_a_recipe(tmp_path: Pat
     assert "seed was 0 and is 1" in text
     assert "training.learning_rate was 0.01 and is 0.0003" in text
     assert "zero_stage" not in text and "new name" in text
-
-
-def test_initialization_maps_rows_of_shared_categories(tmp_path: Path) -> None:
-    [directory] = save_steps(tmp_path, 5)
-    ours = vocabulary(["ring", "sun", "cat", "dog"])
-    torch.manual_seed(5)
-    detector = ToyDetector(4)
-    fresh = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    report = initialize(detector, directory, ours)
-    source = load_weights(directory, ema=True)
-    weight = detector.class_embed.weight
-    assert torch.equal(weight[0], source["class_embed.weight"][6])
-    assert torch.equal(weight[1], fresh["class_embed.weight"][1])
-    assert torch.equal(weight[2:], source["class_embed.weight"][:2])
-    assert torch.equal(detector.box_embed.weight, source["box_embed.weight"])
-    assert torch.equal(detector.text_embeddings, fresh["text_embeddings"])
-    assert (report.matched_categories, report.num_categories) == (3, 4)
-    assert report.mapped == ["class_embed.weight", "class_embed.bias"]
-    assert report.fresh == ["text_embeddings"]
-    assert "3 of 4 categories" in str(report)
-
-
-def test_a_class_head_of_another_kind_begins_anew(tmp_path: Path) -> None:
-    """One has text and the other has not: what has the same name means something else."""
-    [directory] = save_steps(tmp_path, 5)
-    linear = ToyDetector(4)
-    del linear.text_embeddings
-    linear.class_embed = nn.Linear(3, 4)
-    fresh = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
-    report = initialize(linear, directory, vocabulary(["ring", "sun", "cat", "dog"]))
-    for name in ("class_embed.weight", "class_embed.bias"):
-        assert torch.equal(linear.state_dict()[name], fresh[name])
-    assert report.fresh == ["class_embed.weight", "class_embed.bias"] and not report.mapped
-    source = load_weights(directory, ema=True)
-    assert torch.equal(linear.box_embed.weight, source["box_embed.weight"])
-
-
-def _other_text(kind: str) -> Tensor:
-    """For 4 categories, where the toy's own are rows of three ones."""
-    texts = {
-        "other prompts": torch.tensor([1.0, 0.9, 0.6]),
-        "another tower": torch.tensor([1.0, -2.0, 1.1]),
-        "another width": torch.ones(5),
-    }
-    return texts[kind].expand(4, -1).clone()
-
-
-@pytest.mark.parametrize("kind", ["other prompts", "another tower", "another width"])
-def test_a_class_head_of_another_text_begins_anew(tmp_path: Path, kind: str) -> None:
-    """The same names elsewhere in the text's space are another tower's; a little aside are not."""
-    [directory] = save_steps(tmp_path, 5)
-    detector = ToyDetector(4)
-    detector.text_embeddings = _other_text(kind)
-    fresh = detector.class_embed.weight.detach().clone()
-    report = initialize(detector, directory, vocabulary(["ring", "sun", "cat", "dog"]))
-    anew = kind != "other prompts"
-    assert torch.equal(detector.class_embed.weight, fresh) == anew == report.another_head
-    assert ("begin anew" in str(report)) == anew
-    source = load_weights(directory, ema=True)
-    assert torch.equal(detector.box_embed.weight, source["box_embed.weight"])
-
-
-def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
-    [directory] = save_steps(tmp_path, 5)
-    detector = ToyDetector(NUM_CATEGORIES)
-    detector.box_embed = nn.Linear(5, 3)
-    with pytest.raises(
-        RecipeError, match=r"box_embed.weight has shape \(4, 5\) there and \(3, 5\)"
-    ):
-        initialize(detector, directory, vocabulary())
-
-
-@pytest.mark.parametrize("shape", [(9, 5), (NUM_CATEGORIES, 6)])
-def test_rows_of_a_class_head_of_another_kind_are_no_categories(
-    tmp_path: Path, shape: tuple[int, int]
-) -> None:
-    """A language head has a weight of the same name, with a row for each of the text's numbers."""
-    weights = toy_state().weights | {"detector.class_embed.weight": torch.ones(shape)}
-    state = State(weights, {}, {}, updates=0)
-    directory = save(state, Progress(5, 0, {"seed": 0}), make_recipe(tmp_path), vocabulary(), 1)
-    with pytest.raises(RecipeError, match=r"class_embed.weight has shape"):
-        initialize(ToyDetector(4), directory, vocabulary(["ring", "sun", "cat", "dog"]))
-
-
-def test_initialize_from_finds_a_run_by_name_and_by_path(tmp_path: Path) -> None:
-    _, newest = save_steps(tmp_path, 5, 6)
-    beside = make_recipe(tmp_path, name="fine", initialize_from="run")
-    assert find_source(beside) == newest
-    for path in (newest.parent.parent, newest):
-        elsewhere = make_recipe(tmp_path / "other", name="fine", initialize_from=str(path))
-        assert find_source(elsewhere) == newest
-    with pytest.raises(RecipeError, match=r"initialize_from 'nowhere': no checkpoint"):
-        find_source(make_recipe(tmp_path, name="fine", initialize_from="nowhere"))
 
 
 def test_an_export_holds_the_detector_alone(tmp_path: Path) -> None:

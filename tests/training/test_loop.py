@@ -263,12 +263,13 @@ def test_coarse_boxes_do_not_count_where_nothing_learns_from_them() -> None:
     join_process_group(torch.device("cpu"))
     batches = batch_of(labels(1, 3), replace(labels(2, 2, 4), coarse=True))
     facts = agree_on_step(batches, None, False, 5, torch.device("cpu"))
-    assert facts.num_boxes == 5
+    assert facts.num_boxes == 5 and facts.sampled.tolist() == [0, 1, 2, 1, 1]
     facts = agree_on_step(
         batches, None, False, 5, torch.device("cpu"), coarse_boxes=False, semantics="none"
     )
     assert facts.num_boxes == 2
     assert facts.labelled.tolist() == [0, 1, 2, 1, 1]
+    assert facts.sampled.tolist() == [0, 1, 0, 1, 0]
     assert facts.coarse_images == 1
 
 

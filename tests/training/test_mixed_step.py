@@ -45,7 +45,7 @@ def boxes_of(number: int, *labels: int) -> Targets:
 
 def whole(number: int, *labels: int, **kind: Any) -> Targets:
     facts: dict[str, Any] = {"coarse": True, "extra": True, "sampled_negatives": False}
-    return replace(boxes_of(number, *labels), **facts, **kind)
+    return replace(boxes_of(number, *labels), **(facts | kind))
 
 
 def student_of(**losses: Any) -> Student:
@@ -98,6 +98,24 @@ def test_box_images_learn_the_same_whatever_else_is_in_the_step(
     mixed = losses_of(student, photographs, context_of([*photographs, *images], section))
     for key, value in alone.items():
         torch.testing.assert_close(mixed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("columns", [0, 5])
+def test_the_background_of_detics_images_is_their_own(columns: int) -> None:
+    """Where their negatives are sampled, they are background; photographs learn as before."""
+    student = student_of(image_level="max_size", federated_categories=columns)
+    section = student.detector.section.losses  # type: ignore[union-attr]
+    photographs = [boxes_of(1, 0, 3, 3), boxes_of(2), boxes_of(3, 7)]
+    images = [whole(4, 11, 10, 9, sampled_negatives=True)]
+    context = context_of([*photographs, *images], section)
+    alone = losses_of(student, photographs, context_of(photographs, section))
+    for key, value in losses_of(student, photographs, context).items():
+        torch.testing.assert_close(value, alone[key], rtol=1e-5, atol=1e-6, msg=key)
+    background = losses_of(student, images, context)
+    silent = losses_of(student, [replace(images[0], sampled_negatives=False)], context)
+    for key in ("loss/class", "loss/class_0", "loss/class_encoder"):
+        assert float(background[key]) > 0 and float(silent[key]) == 0, key
+    assert float(background["loss/class_dn"]) == 0
 
 
 @pytest.mark.parametrize("way", ["boxes", "max_size"])

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from pipeline.data.miniature.drawing import (
     Placed,
     draw_scene,
 )
+from pipeline.data.miniature.sizes import WORLDS, World
 from pipeline.data.shards.preparing import Argument, Result, RunTasks
 from pipeline.errors import RecipeError
 
@@ -43,70 +44,6 @@ _DEFINITIONS = {
     "striped": "with parallel stripes",
     "dotted": "with round dots",
     "checkered": "with alternating squares",
-}
-
-
-class _Band(NamedTuple):
-    """Categories whose counts of images fall evenly on a log axis from `most` to `least`."""
-
-    categories: int
-    most: int
-    least: int
-
-    def counts(self) -> list[int]:
-        steps = np.geomspace(self.most, self.least, self.categories)
-        return [int(count) for count in np.rint(steps)]
-
-
-@dataclass(frozen=True)
-class _World:
-    """Sizes of all parts; bands go from the most frequent categories to the rarest."""
-
-    train: tuple[_Band, ...]
-    validation: tuple[_Band, ...]
-    objects365: _Band
-    imagenet_common: int
-    """How many common categories have image-level data beside all the rare ones."""
-    imagenet_images: tuple[int, int]
-    captions: int
-    version: int
-    """Of what is drawn: a folder of another one is refused."""
-    imagenet_sizes: tuple[float, float] = (0.45, 0.9)
-    """Sizes of ImageNet's objects, as fractions of the shorter side of their image."""
-    rare_shapes: tuple[str, ...] = ()
-    """Shapes that rare categories have, and no other of LVIS or Objects365."""
-
-
-_WORLDS: dict[str, _World] = {
-    "tiny": _World(
-        train=(_Band(6, 20, 11), _Band(6, 9, 1)),
-        validation=(_Band(6, 6, 4), _Band(6, 3, 2)),
-        objects365=_Band(6, 20, 6),
-        imagenet_common=1,
-        imagenet_images=(2, 4),
-        captions=96,
-        version=3,
-    ),
-    "quickstart": _World(
-        train=(_Band(24, 212, 106), _Band(24, 95, 12), _Band(24, 10, 1)),
-        validation=(_Band(24, 25, 14), _Band(24, 10, 7), _Band(24, 7, 5)),
-        objects365=_Band(48, 400, 45),
-        imagenet_common=8,
-        imagenet_images=(20, 30),
-        captions=6000,
-        version=3,
-    ),
-    "benchmark": _World(
-        train=(_Band(24, 700, 110), _Band(24, 98, 12), _Band(24, 10, 1)),
-        validation=(_Band(24, 130, 80), _Band(24, 50, 35), _Band(24, 30, 20)),
-        objects365=_Band(48, 2000, 220),
-        imagenet_common=24,
-        imagenet_images=(80, 120),
-        captions=30000,
-        version=4,
-        imagenet_sizes=(0.7, 0.95),
-        rare_shapes=("star", "cross"),
-    ),
 }
 
 
@@ -146,7 +83,7 @@ def draw_world(root: str | Path, size: Size, seed: int, run_tasks: RunTasks | No
     default draws in line. Raises `RecipeError` where `root` holds another world.
     """
     root = Path(root)
-    world = _WORLDS[size]
+    world = WORLDS[size]
     marker: dict[str, object] = {"size": size, "seed": seed, "version": world.version}
     if _is_drawn(root, marker):
         return
@@ -186,7 +123,7 @@ def _compositions(seed: int) -> list[Composition]:
 
 
 def _vocabularies(
-    world: _World, compositions: Sequence[Composition]
+    world: World, compositions: Sequence[Composition]
 ) -> tuple[list[Composition], list[Composition]]:
     """LVIS's categories by name, and those of Objects365, which LVIS has not."""
     num_lvis = sum(band.categories for band in world.train)
@@ -199,7 +136,7 @@ def _vocabularies(
 
 
 def _draw_lvis(
-    root: Path, world: _World, seed: int, lvis: Sequence[Composition], run: RunTasks
+    root: Path, world: World, seed: int, lvis: Sequence[Composition], run: RunTasks
 ) -> list[dict[str, object]]:
     """Draw both splits of LVIS and give the categories with the counts of the train split."""
     rng = np.random.default_rng([seed, 1])
@@ -353,7 +290,7 @@ def _lvis_categories(
 
 
 def _draw_objects365(
-    root: Path, world: _World, seed: int, others: Sequence[Composition], run: RunTasks
+    root: Path, world: World, seed: int, others: Sequence[Composition], run: RunTasks
 ) -> None:
     rng = np.random.default_rng([seed, 3])
     counts = np.array(world.objects365.counts())
@@ -393,7 +330,7 @@ def _draw_objects365(
 
 
 def _draw_imagenet(
-    root: Path, world: _World, seed: int, categories: Sequence[dict[str, object]], run: RunTasks
+    root: Path, world: World, seed: int, categories: Sequence[dict[str, object]], run: RunTasks
 ) -> None:
     """One folder of single-object images for every rare category and for some common ones."""
     rng = np.random.default_rng([seed, 4])
@@ -420,7 +357,7 @@ def _draw_imagenet(
 
 
 def _draw_captions(
-    root: Path, world: _World, seed: int, every: Sequence[Composition], run: RunTasks
+    root: Path, world: World, seed: int, every: Sequence[Composition], run: RunTasks
 ) -> None:
     rng = np.random.default_rng([seed, 5])
     rows, pictures = [], []

@@ -91,6 +91,14 @@ def pad_targets(
     return PaddedTargets(boxes, columns, counts)
 
 
+def box_costs(section: recipe.Losses, targets: Sequence[Targets]) -> Tensor | None:
+    """(B,) what the box costs of each image are multiplied by, or None where all are 1."""
+    if section.coarse_box_cost == 1 or not any(target.coarse for target in targets):
+        return None
+    costs = torch.tensor([section.coarse_box_cost if t.coarse else 1.0 for t in targets])
+    return costs.to(targets[0].boxes.device, non_blocking=True)
+
+
 def matched_assignment(matches: Matches, like: Tensor) -> Assignment:
     """Hungarian pairs, each query of `like` (L, B, Q, ...) weighing 1."""
     return Assignment(matches.image, matches.query, matches.box, like.new_ones(like.shape[1:3]))
@@ -186,6 +194,7 @@ def compute_losses(
     does not change it either.
     """
     padded = pad_targets(targets, context.class_columns, num_categories)
+    padded = padded._replace(box_cost=box_costs(section, targets))
     negatives = negative_weights(
         targets, padded, context.class_columns, num_categories, context.sampled_columns, spared
     )

@@ -19,11 +19,13 @@ _UNMATCHABLE = 1e6
 class PaddedTargets(NamedTuple):
     """The boxes of a batch in one layout: `boxes` (B, N, 4) cxcywh; `columns` (B, N) int64, the
     position of the label among the class columns in use, -1 without one; `counts`, real boxes of
-    each image. Padding is a box in the middle without a label."""
+    each image; `box_cost` (B,), what box costs are multiplied by, None for 1. Padding is a box in
+    the middle without a label."""
 
     boxes: Tensor
     columns: Tensor
     counts: list[int]
+    box_cost: Tensor | None = None
 
 
 class Matches(NamedTuple):
@@ -57,7 +59,10 @@ def matching_costs(
     giou = generalized_iou(
         cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(targets.boxes)[None, :, None]
     )
-    return losses.cost_class * class_cost + losses.cost_box_l1 * l1 - losses.cost_box_giou * giou
+    box_cost = losses.cost_box_l1 * l1 - losses.cost_box_giou * giou
+    if targets.box_cost is not None:
+        box_cost = box_cost * targets.box_cost[:, None, None]
+    return losses.cost_class * class_cost + box_cost
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ Named categories that are not exhaustively annotated teach matched queries alone
 answers for a label does take all columns for negatives: whatever else is in the image, an object is
 of one category.
 
-Where one batch has images of both kinds, columns that only labels of whole images name are no
-negatives on LVIS: they are no sample, but mostly the rare categories that the images were added
-for.
+Where one batch has images of both kinds, columns that only labels of whole images name, without
+being sampled, are no negatives on LVIS: they are no sample, but mostly the rare categories that the
+images were added for. So it is with the labels of Detic's images in any case.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torchvision.ops import generalized_box_iou
 
 from pipeline.data.batch import Targets
 from pipeline.detectors.boxes import cxcywh_to_xyxy
-from pipeline.detectors.dino.losses import pad_targets
+from pipeline.detectors.dino.losses import box_costs, pad_targets
 from pipeline.detectors.dino.matcher import assign, match, matching_costs
 from pipeline.recipe import Losses
 
@@ -72,6 +73,28 @@ def test_costs_weigh_class_l1_and_giou(make_targets: MakeTargets) -> None:
     p = logits[0, 0][:, targets[0].labels].sigmoid()
     expected = 2 * (-0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log())
     torch.testing.assert_close(costs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_less_cost_of_coarse_boxes_lets_the_surest_query_answer() -> None:
+    """A query on the object, sure of its label, and one as loose as the coarse box, which is not:
+    by costs of 1 the loose one answers for the label, by a quarter of it the sure one. Boxes that
+    are exact keep their costs."""
+    whole, label = torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([3])
+    coarse = Targets(whole, label, 0, (64, 64), (64, 64), coarse=True)
+    exact = replace(coarse, coarse=False)
+    boxes = torch.tensor([[0.5, 0.5, 0.6, 0.6], [0.5, 0.5, 0.9, 0.9]]).expand(1, 2, 2, 4)
+    logits = torch.full((1, 2, 2, 12), -4.0)
+    logits[:, :, 0, 3] = 1.0
+
+    def answering(section: Losses) -> list[int]:
+        targets = [coarse, exact]
+        padded = pad_targets(targets, None, 12)._replace(box_cost=box_costs(section, targets))
+        return match(section, logits, boxes, padded).query[0].tolist()
+
+    assert answering(Losses()) == [1, 1]
+    assert answering(Losses(coarse_box_cost=0.25)) == [0, 1]
+    assert box_costs(Losses(), [coarse, exact]) is None
+    assert box_costs(Losses(coarse_box_cost=0.25), [exact]) is None
 
 
 def test_costs_that_are_not_finite_are_reported(make_targets: MakeTargets) -> None:
