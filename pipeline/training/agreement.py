@@ -21,8 +21,9 @@ class StepFacts:
     """Of a global batch: its boxes, those by column, and whether any rank wants to stop.
 
     `labelled` is (C,), the boxes whose label is learnt, `sampled` (C,) those of them on boxes to be
-    detected, in images that take for absent what they do not name; `coarse_images` is the number of image-level images,
-    `unshared` how many unreadable images some rank has met that the others do not know of.
+    detected, in images that take for absent what they do not name; `coarse_images` is the number of
+    image-level images, `unshared` how many unreadable images some rank has met that the others do
+    not know of.
     """
 
     num_boxes: float

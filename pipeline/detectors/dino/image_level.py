@@ -1,11 +1,11 @@
 """Detic's image-level loss (Zhou et al. 2022, section 4.2) on DINO, RichSem's rival.
 
-An image with coarse labels gives no boxes: nothing is matched and nothing is denoised. Instead each of its labels falls on one query, with the binary
-cross-entropy over the whole vocabulary, at every decoder layer, as in Detic's Deformable DETR:
-`max_size` takes the largest predicted box of the layer, `max_score` the query that scores highest
-for the label, `image_box` the last query, whose first box is made to be the whole image (Detic
-appends such a proposal). An image's labels share its weight; the encoder's cells and the denoising
-queries have no part in it.
+An image with coarse labels gives no boxes: nothing is matched and nothing is denoised. Instead each
+of its labels falls on one query, with the binary cross-entropy over the whole vocabulary, at every
+decoder layer, as in Detic's Deformable DETR: `max_size` takes the largest predicted box of the
+layer, `max_score` the query that scores highest for the label, `image_box` the last query, whose
+first box is made to be the whole image (Detic appends such a proposal). An image's labels share its
+weight; the encoder's cells and the denoising queries have no part in it.
 
 The published Deformable DETR also pushes all queries of such an image towards background on the
 sampled columns. Here the class loss does that for sources whose negatives are `sampled`, sparing
