@@ -315,10 +315,9 @@ def _is_another_head(
     """Whether parameters of the class heads share names, not meaning: a language head has text, a
     linear one has not, and the text of another tower is in another space.
 
-    Other prompts leave a name where it was (mean cosines of the miniature teacher's three sets are
-    0.93 and more); towers that were trained apart put it anywhere. `columns` is the category here
-    of each one there, -1 without. Where no category is shared, text of equal width counts as that
-    of one tower.
+    Other prompts leave a name near to where it was; towers that were trained apart put it anywhere,
+    so that its two places have a cosine about zero. `columns` is the category here of each one
+    there, -1 without. Where no category is shared, text of equal width counts as that of one tower.
     """
     theirs, ours = source.get(TEXT), target.get(TEXT)
     if theirs is None or ours is None:

@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_dino import NUM_CATEGORIES as DINO_CATEGORIES
+from small_dino import SMALL
 from test_checkpoint import make_recipe, save_steps, toy_state, vocabulary
 from torch import Tensor, nn
 from toy_student import NUM_CATEGORIES, ToyDetector
 
+from pipeline.detectors import build_detector
+from pipeline.detectors.dino.detector import DinoDetector
 from pipeline.errors import RecipeError
+from pipeline.recipe import DetectorSection
 from pipeline.training.checkpoint import (
     Progress,
     State,
@@ -77,6 +82,33 @@ def test_a_class_head_of_another_text_begins_anew(tmp_path: Path, kind: str) -> 
     assert ("begin anew" in str(report)) == anew
     source = load_weights(directory, ema=True)
     assert torch.equal(detector.box_embed.weight, source["box_embed.weight"])
+
+
+@pytest.mark.parametrize("text", ["the same", "another tower's"])
+def test_all_class_heads_of_dino_begin_anew_with_another_text(tmp_path: Path, text: str) -> None:
+    """Those of the decoder and the encoder, and the projection of denoising labels."""
+    generator = torch.Generator().manual_seed(3)
+    there, elsewhere = (torch.randn(DINO_CATEGORIES, 16, generator=generator) for _ in range(2))
+    section = DetectorSection.model_validate(SMALL)
+
+    def detector(rows: Tensor) -> DinoDetector:
+        return build_detector(section, num_categories=DINO_CATEGORIES, text_embeddings=rows)
+
+    names = vocabulary([f"thing {number}" for number in range(DINO_CATEGORIES)])
+    source = detector(there)
+    weights = {f"detector.{name}": tensor for name, tensor in source.state_dict().items()}
+    state = State(weights, {}, {}, updates=0)
+    directory = save(state, Progress(5, 0, {"seed": 0}), make_recipe(tmp_path), names, 1)
+    anew = text != "the same"
+    target = detector(elsewhere if anew else there)
+    report = initialize(target, directory, names)
+    of_heads = {
+        name for name, _ in target.named_parameters() if name.split(".")[0] in target.class_heads
+    }
+    assert {name.split(".")[0] for name in of_heads} == set(DinoDetector.class_heads)
+    assert set(report.fresh) - {"text_embeddings"} == (of_heads if anew else set())
+    bodies = [d.decoder.state_dict() for d in (source, target)]
+    assert all(torch.equal(bodies[0][name], bodies[1][name]) for name in bodies[0])
 
 
 def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
