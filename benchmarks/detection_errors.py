@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.annotated_boxes import iou_by_row
 from pipeline.evaluation.detections import Detections, load_detections
 from pipeline.evaluation.federated_ap import LVIS, accumulate, kept
 from pipeline.evaluation.ground_truth import GroundTruth, load_annotations, parse_ground_truth
@@ -38,14 +39,6 @@ def boxes_of(matches: Matches, detections: Detections) -> NDArray[np.float64]:
     return detections.bbox[order[first + matches.rank]]
 
 
-def overlaps(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """IoU of xywh boxes (4,) and (N, 4)."""
-    low = np.maximum(box[:2], others[:, :2])
-    high = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:])
-    both = (high - low).clip(0).prod(1)
-    return np.asarray(both / (box[2:].prod() + others[:, 2:].prod(1) - both))
-
-
 def kinds_of(truth: GroundTruth, matches: Matches, boxes: NDArray[np.float64]) -> NDArray[np.int64]:
     """The kind of each row of `matches`, -1 where it is right or ignored."""
     first_bit = np.uint8(128)  # all areas, an IoU of 0.5
@@ -56,7 +49,7 @@ def kinds_of(truth: GroundTruth, matches: Matches, boxes: NDArray[np.float64]) -
     kinds = np.full(len(boxes), -1, np.int64)
     for row in np.flatnonzero(counts).tolist():
         here = order[bounds[image[row]] : bounds[image[row] + 1]]
-        iou = overlaps(boxes[row], truth.bbox[here])
+        iou = iou_by_row(boxes[[row]], truth.bbox[here])
         own = truth.column[here] == matches.column[row]
         most = iou[own].max(initial=0.0)
         if most >= TOUCHES:
@@ -87,7 +80,7 @@ def find_detections(run: Path) -> Path:
     """The json itself, or that of a run's newest evaluation."""
     if run.is_file():
         return run
-    found = sorted(run.glob("evaluations/step_*/detections.json"))
+    found = sorted(run.glob(f"evaluations/step_{'[0-9]' * 8}/detections.json"))  # of all images
     if not found:
         raise SystemExit(f"{run}: no evaluations/step_*/detections.json; run longtail evaluate")
     return found[-1]

@@ -274,8 +274,8 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     head of another kind, or of text in another space. Averaged weights are taken where the source
     has them. Raises `RecipeError` for another shape, or when nothing fits.
     """
-    source = load_weights(directory, ema=True)
-    theirs = Vocabulary.from_json(read_manifest(directory).vocabulary)
+    source, manifest = load_weights(directory, ema=True), read_manifest(directory)
+    theirs = Vocabulary.from_json(manifest.vocabulary)
     columns = torch.from_numpy(vocabulary.columns_from(theirs))
     matched = columns >= 0
     category_axes: dict[str, int] = detector.category_parameters()  # type: ignore[operator]
@@ -284,7 +284,13 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     report.matched_categories = int(columns[matched].unique().numel())
     target = detector.state_dict()
     report.unused = sorted(source.keys() - target.keys())
-    report.another_head = _is_another_head(source, target, columns)
+    recipe = recipe_from_tree(manifest.recipe, f"the recipe of {directory}")
+    language = recipe.detector.class_head.kind == "language"
+    # An imported language head may come without its text; here it has its own.
+    another_kind = language != (TEXT in target)
+    report.another_head = another_kind or _is_another_text(
+        source.get(TEXT), target.get(TEXT), columns
+    )
     heads: tuple[str, ...] = detector.class_heads  # type: ignore[assignment]
     for name, tensor in target.items():
         given = source.get(name)
@@ -309,23 +315,21 @@ def initialize(detector: nn.Module, directory: Path, vocabulary: Vocabulary) -> 
     return report
 
 
-def _is_another_head(
-    source: Mapping[str, Tensor], target: Mapping[str, Tensor], columns: Tensor
-) -> bool:
-    """Whether parameters of the class heads share names, not meaning: a language head has text, a
-    linear one has not, and the text of another tower is in another space.
+def _is_another_text(theirs: Tensor | None, ours: Tensor | None, columns: Tensor) -> bool:
+    """Whether the text embeddings of two language heads are in different spaces, where what was
+    learnt for the one means nothing in the other.
 
     Other prompts leave a name near to where it was; towers that were trained apart put it anywhere,
     so that its two places have a cosine about zero. `columns` is the category here of each one
-    there, -1 without. Where no category is shared, text of equal width counts as that of one tower.
+    there, -1 without. Where no category is known to be shared, text of equal width counts as that
+    of one tower.
     """
-    theirs, ours = source.get(TEXT), target.get(TEXT)
     if theirs is None or ours is None:
-        return (theirs is None) != (ours is None)
+        return False
     if theirs.shape[1] != ours.shape[1]:
         return True
     shared = columns >= 0
-    if not shared.any():
+    if len(columns) != len(theirs) or not shared.any():
         return False
     before, now = theirs[shared].float(), ours[columns[shared]].float().to(theirs.device)
     return bool(functional.cosine_similarity(before, now).mean() < _SAME_TEXT)

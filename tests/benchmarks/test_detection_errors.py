@@ -91,6 +91,13 @@ def test_what_a_kind_costs(files: tuple[Path, Path]) -> None:
     assert rows["f"] == pytest.approx([100, 0, 0, 0, 0, 0], abs=1e-6)
 
 
+def test_an_evaluation_of_some_images_is_not_taken_for_one_of_all(files: tuple[Path, Path]) -> None:
+    part = files[1] / "evaluations/step_00000002_subset"
+    part.mkdir()
+    (part / "detections.json").write_text("[]")
+    assert detection_errors.find_detections(files[1]).parent.name == "step_00000001"
+
+
 def test_a_run_without_an_evaluation_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run longtail evaluate"):
         detection_errors.find_detections(tmp_path)

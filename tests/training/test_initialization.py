@@ -111,6 +111,27 @@ def test_all_class_heads_of_dino_begin_anew_with_another_text(tmp_path: Path, te
     assert all(torch.equal(bodies[0][name], bodies[1][name]) for name in bodies[0])
 
 
+def test_an_imported_language_head_without_text_is_taken(tmp_path: Path) -> None:
+    """As RichSem's public weights are, imported without annotations: text is no weight there."""
+    section = DetectorSection.model_validate(SMALL)
+    rows = torch.randn(DINO_CATEGORIES, 16, generator=torch.Generator().manual_seed(3))
+    source, target = (
+        build_detector(section, num_categories=DINO_CATEGORIES, text_embeddings=rows)
+        for _ in range(2)
+    )
+    learnt = source.state_dict()
+    weights = {f"detector.{name}": t for name, t in learnt.items() if name != "text_embeddings"}
+    recipe = make_recipe(tmp_path)
+    assert recipe.detector.class_head.kind == "language"
+    progress, state = Progress(5, 0, {"seed": 0}), State(weights, {}, {}, updates=0)
+    directory = save(state, progress, recipe, vocabulary([]), 1)
+    names = vocabulary([f"thing {number}" for number in range(DINO_CATEGORIES)])
+    report = initialize(target, directory, names)
+    assert report.fresh == ["text_embeddings"] and not report.another_head
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, learnt[name]), name
+
+
 def test_initialization_refuses_another_detector(tmp_path: Path) -> None:
     [directory] = save_steps(tmp_path, 5)
     detector = ToyDetector(NUM_CATEGORIES)

@@ -63,9 +63,7 @@ def without_image_level(section: recipe.Losses, targets: Sequence[Targets]) -> l
 
 def spared_labels(section: recipe.Losses, targets: Sequence[Targets]) -> list[Tensor]:
     """Of each image the labels that are no background of it: those of its image-level loss."""
-    return [
-        target.labels[: len(target.labels) * is_image_level(section, target)] for target in targets
-    ]
+    return [t.labels if is_image_level(section, t) else t.labels[:0] for t in targets]
 
 
 def image_labels(section: recipe.Losses, targets: Sequence[Targets]) -> ImageLabels:
