@@ -80,9 +80,10 @@ def find_detections(run: Path) -> Path:
     """The json itself, or that of a run's newest evaluation."""
     if run.is_file():
         return run
-    found = sorted(run.glob(f"evaluations/step_{'[0-9]' * 8}/detections.json"))  # of all images
+    # An evaluation of some of the images has a name that goes on after the number.
+    found = sorted(run.glob("evaluations/step_*[0-9]/detections.json"))
     if not found:
-        raise SystemExit(f"{run}: no evaluations/step_*/detections.json; run longtail evaluate")
+        raise SystemExit(f"{run}: no detections.json of all images; run longtail evaluate")
     return found[-1]
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     print(f"{'':32}{'AP50':>12}" + "".join(f"{kind:>12}" for kind in (*KINDS, "missed")))
     for run in options.runs:
         for frequency, values in rows_of(truth, load_detections(find_detections(run))).items():
-            name = f"{run.name}, {frequency}"
+            name = f"{run if run.is_file() else run.name}, {frequency}"
             gains = "".join(f"{value:+12.1f}" for value in values[1:-1])
             print(f"{name:32}{values[0]:12.1f}{gains}{values[-1]:12.1f}")
 

@@ -239,12 +239,16 @@ def read_results(settings: Settings) -> list[Result]:
     return results
 
 
-def write_results(settings: Settings, results: Sequence[Result]) -> None:
-    """results.json, table.md and table.svg, each whole or not at all."""
+def write_results(settings: Settings, results: Sequence[Result], seeds: range) -> None:
+    """results.json, table.md and table.svg, each whole or not at all.
+
+    The tables are of the seeds that were asked for: others that lie beside them, such as one that
+    chose a recipe, are no part of their means.
+    """
     texts = {"results.json": json.dumps(results, indent=1) + "\n"}
-    if results:
-        titles = {row.name: row.title for row in read_rows().values()}
-        texts |= {"table.md": markdown(results, titles), "table.svg": plot(results, titles)}
+    titles = {row.name: row.title for row in read_rows().values()}
+    asked = [result for result in results if result["seed"] in seeds]
+    texts |= {"table.md": markdown(asked, titles), "table.svg": plot(asked, titles)}
     for name, text in texts.items():
         temporary = settings.work / f".{name}"
         temporary.write_text(text, encoding="utf-8")
@@ -279,8 +283,13 @@ def main() -> None:
     if not arguments.report:
         fill(settings, results, arguments)
     if results:
-        write_results(settings, results)
+        write_results(settings, results, seeds_of(arguments))
         print((work / "table.md").read_text(encoding="utf-8"))
+
+
+def seeds_of(arguments: argparse.Namespace) -> range:
+    """Those that are asked for."""
+    return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
 
 def fill(settings: Settings, results: list[Result], arguments: argparse.Namespace) -> None:
@@ -288,7 +297,7 @@ def fill(settings: Settings, results: list[Result], arguments: argparse.Namespac
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     there = {(result["row"], result["seed"]) for result in results}
     tasks: list[tuple[str, int]] = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+    for seed in seeds_of(arguments):
         missing = [(name, seed) for name in arguments.rows if (name, seed) not in there]
         tasks += [(PRETRAINING, seed), *missing] if missing else []
 
@@ -296,7 +305,7 @@ def fill(settings: Settings, results: list[Result], arguments: argparse.Namespac
         print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: done", flush=True)
         if name in arguments.rows:
             results.append(read_result(settings, name, seed))
-            write_results(settings, results)
+            write_results(settings, results, seeds_of(arguments))
 
     options = ["--work", str(settings.work), "--device", settings.device]
     options += ["--jobs", str(arguments.jobs), *settings.overrides, "--rows", *arguments.rows]

@@ -98,3 +98,18 @@ def test_a_stage_may_train_differently_what_it_starts_from(folder: Path) -> None
         second = tiny_recipe(folder, "fine", initialize_from="first", detector=detector)
         with pytest.raises(RecipeError, match=message):
             check_stages([first, second])
+
+
+def test_it_says_which_class_heads_begin_anew_and_refuses_none(folder: Path) -> None:
+    """As a run does that starts from one with another kind of head, or another tower's text."""
+    first, linear = tiny_recipe(folder, "first"), {"class_head": {"kind": "linear"}}
+    for changes, message in (
+        ({"detector": linear, "semantic": None}, "they are language there and linear here"),
+        ({"teacher": {"model": "RN50"}}, "miniature-rn there and RN50 here"),
+    ):
+        fine = tiny_recipe(folder, "fine", initialize_from="first", **changes)
+        assert message in check_stages([first, fine])
+    scale = {"class_head": {"scale": 7.0}}
+    fine = tiny_recipe(folder, "fine", initialize_from="first", detector=scale)
+    with pytest.raises(RecipeError, match=r"detector\.class_head is another"):
+        check_stages([first, fine])

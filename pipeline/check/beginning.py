@@ -10,8 +10,11 @@ from pipeline.training.manifest import newest_verified, read_manifest, refuse_an
 
 def check_beginning(
     recipe: Recipe, earlier: dict[str, Recipe], vocabulary: Vocabulary | None
-) -> None:
-    """Its own checkpoint to continue from, or the other run that it starts from, must fit."""
+) -> list[str]:
+    """Its own checkpoint to continue from, or the other run that it starts from, must fit.
+
+    Returns a line on what of that run it does not take, as `initialize` will decide it.
+    """
     own = newest_verified(recipe.run_dir)
     if own is not None:
         refuse_another_recipe(own, recipe)
@@ -21,28 +24,36 @@ def check_beginning(
                 f"{own} was trained on another vocabulary: {theirs.difference(vocabulary)}; give "
                 "the recipe a new name"
             )
-        return
+        return []
     if recipe.initialize_from is None:
-        return
+        return []
     before = earlier.get(recipe.initialize_from)
     if before is None:
         manifest = read_manifest(find_source(recipe))
         before = recipe_from_tree(manifest.recipe, f"the recipe of {recipe.initialize_from}")
+    anew = _heads_begin_anew(recipe, before)
     here, there = _structure(recipe.detector), _structure(before.detector)
+    if anew is not None:
+        del here["class_head"]
     for key, value in here.items():
         if value != there[key]:
             raise RecipeError(
                 f"recipe {recipe.name} starts from {before.name}, whose detector.{key} is another: "
                 f"{there[key]} there, {value} here; make them equal"
             )
-    if (
-        recipe.detector.class_head.kind == "language"
-        and recipe.teacher.model != before.teacher.model
-    ):
-        raise RecipeError(
-            f"recipe {recipe.name} starts from {before.name}, whose class head works in the text "
-            f"space of {before.teacher.model}, not of {recipe.teacher.model}; use one teacher"
-        )
+    return [] if anew is None else [f"  beginning   from {before.name}; {anew}"]
+
+
+def _heads_begin_anew(recipe: Recipe, before: Recipe) -> str | None:
+    """Why, where they do: `initialize` takes what they learnt for one kind of head and one text."""
+    kinds = before.detector.class_head.kind, recipe.detector.class_head.kind
+    if kinds[0] != kinds[1]:
+        return f"class heads begin anew: they are {kinds[0]} there and {kinds[1]} here"
+    models = before.teacher.model, recipe.teacher.model
+    if kinds[0] == "language" and models[0] != models[1]:
+        towers = f"{models[0]} there and {models[1]} here"
+        return f"class heads begin anew where text is of another tower: {towers}"
+    return None
 
 
 def _structure(section: DetectorSection) -> dict[str, object]:

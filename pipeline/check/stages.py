@@ -38,8 +38,9 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     vocabulary = vocabulary_of(recipe, indexes)
     _check_text(recipe, vocabulary)
     _check_validation(recipe, indexes, vocabulary)
-    check_beginning(recipe, earlier, vocabulary)
-    lines = [*describe(recipe, indexes, vocabulary), backbone, bounds(recipe, vocabulary)]
+    beginning = check_beginning(recipe, earlier, vocabulary)
+    lines = [*describe(recipe, indexes, vocabulary), *beginning, backbone]
+    lines.append(bounds(recipe, vocabulary))
     return "\n".join(lines)
 
 

@@ -72,10 +72,11 @@ class Losses(Section):
     cost_class: NonNegative = 2.0
     cost_box_l1: NonNegative = 5.0
     cost_box_giou: NonNegative = 2.0
-    coarse_box_cost: NonNegative = 1.0
+    coarse_box_cost: Positive = 1.0
     """What the two box costs of coarse boxes (the whole of an image or part of a mosaic) are
     multiplied by. With 1, as the authors have it, the loosest query answers for the label; with
-    less, the one that is surest of it has the better chance. See docs/semantics.md."""
+    less, the one that is surest of it has the better chance. Not 0: boxes without a label are
+    matched by these costs alone. Nothing is matched where `image_level` is Detic's."""
     weight_class: NonNegative = 1.0
     weight_box_l1: NonNegative = 5.0
     weight_box_giou: NonNegative = 2.0

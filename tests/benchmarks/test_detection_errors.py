@@ -18,8 +18,8 @@ from pipeline.evaluation.matching import match
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """A rare category 1 and a frequent category 2, with a box each, and a second image where
-    nothing is known of category 1."""
+    """A rare category 1 and a frequent category 2, with a box each, a common category 3 whose box
+    nothing finds, and a second image where nothing is known of category 1."""
     images = [
         {"id": i, "width": 100, "height": 100, "neg_category_ids": [], "coco_url": "x/y.jpg"}
         | {"not_exhaustive_category_ids": []}
@@ -28,9 +28,10 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     categories = [
         {"id": i, "name": name, "frequency": frequency, "image_count": 1, "instance_count": 1}
         | {"synset": f"{name}.n.01", "synonyms": [name], "def": name}
-        for i, name, frequency in ((1, "can", "r"), (2, "cup", "f"))
+        for i, name, frequency in ((1, "can", "r"), (2, "cup", "f"), (3, "cap", "c"))
     ]
     boxes = [(7, 1, [10, 10, 20, 20]), (7, 2, [60, 60, 20, 20]), (9, 2, [10, 10, 20, 20])]
+    boxes.append((9, 3, [60, 60, 20, 20]))
     annotations = [
         {"id": n, "image_id": image, "category_id": category, "bbox": box, "area": 400}
         | {"segmentation": [[0, 0, 1, 0, 1, 1]]}
@@ -89,6 +90,7 @@ def test_what_a_kind_costs(files: tuple[Path, Path]) -> None:
     )
     assert rows["r"] == pytest.approx([100 / 3, 0, 0, 100 / 6, 100 / 6, 0], abs=1e-6)
     assert rows["f"] == pytest.approx([100, 0, 0, 0, 0, 0], abs=1e-6)
+    assert rows["c"] == pytest.approx([0, 0, 0, 0, 0, 100], abs=1e-6)
 
 
 def test_an_evaluation_of_some_images_is_not_taken_for_one_of_all(files: tuple[Path, Path]) -> None:

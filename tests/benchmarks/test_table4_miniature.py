@@ -184,9 +184,18 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None:
     assert finished == [("dino", 0)]
 
 
+def test_a_seed_that_was_not_asked_for_is_no_part_of_the_table(tmp_path: Path) -> None:
+    """One for trials may lie beside the others."""
+    results = [made_up("dino", seed, ap, 0.1) for seed, ap in ((0, 0.2), (1, 0.4), (100, 0.9))]
+    for seeds, cells in ((range(2), "| 2 | 30.00 ± 14.14 |"), (range(100, 101), "| 1 | 90.00 |")):
+        table4.write_results(settings(tmp_path), results, seeds)
+        assert f"| DINO {cells}" in (tmp_path / "table.md").read_text()
+        assert len(json.loads((tmp_path / "results.json").read_text())) == 3
+
+
 def test_results_of_another_recipe_are_refused(tmp_path: Path) -> None:
     result = made_up("dino", 0, 0.1, 0.1) | {"recipe": settings(tmp_path).key("dino", 0)}
-    table4.write_results(settings(tmp_path), [result])
+    table4.write_results(settings(tmp_path), [result], range(3))
     assert table4.read_results(settings(tmp_path)) == [result]
     with pytest.raises(RecipeError, match="by another recipe"):
         table4.read_results(settings(tmp_path, "training.steps=40"))
@@ -199,7 +208,7 @@ def test_results_from_another_pre_training_are_refused(
     shutil.copytree(table4.HERE, recipes)
     monkeypatch.setattr(table4, "HERE", recipes)
     result = made_up("dino", 0, 0.1, 0.1) | {"recipe": settings(tmp_path).key("dino", 0)}
-    table4.write_results(settings(tmp_path), [result])
+    table4.write_results(settings(tmp_path), [result], range(3))
     before = (recipes / "pretrained.yaml").read_text()
     (recipes / "pretrained.yaml").write_text(before.replace("warmup_steps: 20", "warmup_steps: 21"))
     with pytest.raises(RecipeError, match="by another recipe"):

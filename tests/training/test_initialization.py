@@ -59,6 +59,19 @@ def test_a_class_head_of_another_kind_begins_anew(tmp_path: Path) -> None:
     assert torch.equal(linear.box_embed.weight, source["box_embed.weight"])
 
 
+def test_a_language_head_begins_anew_where_a_linear_one_was(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, detector={"class_head": {"kind": "linear"}}, semantic=None)
+    learnt = toy_state().weights
+    weights = {name: t for name, t in learnt.items() if not name.endswith("text_embeddings")}
+    state, progress = State(weights, {}, {}, updates=0), Progress(5, 0, {"seed": 0})
+    directory = save(state, progress, recipe, vocabulary(), 1)
+    detector = ToyDetector(NUM_CATEGORIES)
+    fresh = detector.class_embed.weight.detach().clone()
+    report = initialize(detector, directory, vocabulary())
+    assert report.another_head and torch.equal(detector.class_embed.weight, fresh)
+    assert torch.equal(detector.box_embed.weight, learnt["detector.box_embed.weight"])
+
+
 def _other_text(kind: str) -> Tensor:
     """For 4 categories, where the toy's own are rows of three ones."""
     texts = {
@@ -111,13 +124,15 @@ def test_all_class_heads_of_dino_begin_anew_with_another_text(tmp_path: Path, te
     assert all(torch.equal(bodies[0][name], bodies[1][name]) for name in bodies[0])
 
 
-def test_an_imported_language_head_without_text_is_taken(tmp_path: Path) -> None:
-    """As RichSem's public weights are, imported without annotations: text is no weight there."""
+@pytest.mark.parametrize("width", [16, 24])
+def test_an_imported_language_head_without_text_is_taken(tmp_path: Path, width: int) -> None:
+    """As RichSem's public weights are, imported without annotations: text is no weight there. Of a
+    tower whose text has another width it begins anew."""
     section = DetectorSection.model_validate(SMALL)
-    rows = torch.randn(DINO_CATEGORIES, 16, generator=torch.Generator().manual_seed(3))
+    rows = torch.randn(DINO_CATEGORIES, 24, generator=torch.Generator().manual_seed(3))
     source, target = (
-        build_detector(section, num_categories=DINO_CATEGORIES, text_embeddings=rows)
-        for _ in range(2)
+        build_detector(section, num_categories=DINO_CATEGORIES, text_embeddings=rows[:, :side])
+        for side in (16, width)
     )
     learnt = source.state_dict()
     weights = {f"detector.{name}": t for name, t in learnt.items() if name != "text_embeddings"}
@@ -127,9 +142,11 @@ def test_an_imported_language_head_without_text_is_taken(tmp_path: Path) -> None
     directory = save(state, progress, recipe, vocabulary([]), 1)
     names = vocabulary([f"thing {number}" for number in range(DINO_CATEGORIES)])
     report = initialize(target, directory, names)
-    assert report.fresh == ["text_embeddings"] and not report.another_head
-    for name, tensor in target.state_dict().items():
-        assert torch.equal(tensor, learnt[name]), name
+    taken = {name for name in learnt if name not in report.fresh}
+    assert all(torch.equal(target.state_dict()[name], learnt[name]) for name in taken)
+    assert report.another_head == (width != 16)
+    heads = {name.split(".")[0] for name in report.fresh}
+    assert heads == {"text_embeddings", *(target.class_heads if report.another_head else ())}
 
 
 def test_initialization_refuses_another_detector(tmp_path: Path) -> None:

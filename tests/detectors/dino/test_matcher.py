@@ -9,8 +9,15 @@ from torchvision.ops import generalized_box_iou
 
 from pipeline.data.batch import Targets
 from pipeline.detectors.boxes import cxcywh_to_xyxy
-from pipeline.detectors.dino.losses import box_costs, pad_targets
+from pipeline.detectors.dino.losses import (
+    LayerOutputs,
+    Outputs,
+    box_costs,
+    compute_losses,
+    pad_targets,
+)
 from pipeline.detectors.dino.matcher import assign, match, matching_costs
+from pipeline.detectors.interface import LossContext
 from pipeline.recipe import Losses
 
 MakeTargets = Callable[..., list[Targets]]
@@ -86,13 +93,15 @@ def test_less_cost_of_coarse_boxes_lets_the_surest_query_answer() -> None:
     logits = torch.full((1, 2, 2, 12), -4.0)
     logits[:, :, 0, 3] = 1.0
 
-    def answering(section: Losses) -> list[int]:
-        targets = [coarse, exact]
-        padded = pad_targets(targets, None, 12)._replace(box_cost=box_costs(section, targets))
-        return match(section, logits, boxes, padded).query[0].tolist()
+    def answering(section: Losses) -> list[list[int]]:
+        outputs = LayerOutputs(logits, boxes)
+        both = Outputs(outputs, outputs, None, None)
+        context = LossContext(2.0, None)
+        return compute_losses(section, both, [coarse, exact], context, 12)[1].query.tolist()
 
-    assert answering(Losses()) == [1, 1]
-    assert answering(Losses(coarse_box_cost=0.25)) == [0, 1]
+    # In a decoder layer and in the encoder.
+    assert answering(Losses()) == [[1, 1], [1, 1]]
+    assert answering(Losses(coarse_box_cost=0.25)) == [[0, 1], [0, 1]]
     assert box_costs(Losses(), [coarse, exact]) is None
     assert box_costs(Losses(coarse_box_cost=0.25), [exact]) is None
 
