@@ -61,7 +61,7 @@ def predict_stage(recipe: Recipe, asked: Asked) -> Prediction:
         categories, counted = vocabulary.num_categories, ""
     else:
         categories, counted = _published(recipe), ", as published: its data are not here"
-    memory, lines = _memory(recipe, workers, categories)
+    memory, lines = predicted_memory(recipe, workers, categories)
     lines[0] += counted
     time = step_time(recipe, workers, asked.step_seconds)
     plan = plan_of(recipe, indexes, vocabulary)
@@ -129,10 +129,11 @@ def layout_of(recipe: Recipe) -> Layout:
     return Layout(recipe.training.zero_stage, recipe.training.offload)
 
 
-def _memory(
+def predicted_memory(
     recipe: Recipe, workers: int, categories: int
 ) -> tuple[dict[Layout, RankMemory], list[str]]:
-    """Memory in each layout; three lines on the micro-batch that it is for, and those on hosts."""
+    """Memory of a worker at worst, by layout; three lines on the micro-batch that it is for, and
+    those on hosts. Raises `RecipeError` for more workers than images."""
     from pipeline.check.activations import MicroBatch, meta_student, step_bytes
 
     section, data = recipe.training, recipe.data

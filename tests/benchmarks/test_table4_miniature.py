@@ -57,6 +57,7 @@ CHANGES = {
     "richsem_without_extra": {"data.extra", "training.batch_size"},
     "richsem_inet_unl": {"data.extra"},
     "hard_labels": {"semantic.labels"},
+    "coarse_as_published": {"data.extra", "detector.losses.coarse_box_cost"},
 }
 
 
