@@ -1,6 +1,7 @@
 """Annotations with a part removed: nested, no category empty, and told as incomplete."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ def test_the_page_and_the_csv_count_before_and_after(raw: Path) -> None:
     page = (raw / "half.html").read_text(encoding="utf-8")
     assert "thing 1: " in page and "of 60 instances" in page
     assert "becomes" not in page and "not exhaustively annotated" in page
+    curves = re.findall(r'<polyline class="line [^"]+"[^>]*><title>(\w+)<', page)
+    assert curves == ["before", "after", "left"]
     lines = (raw / "half.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "category_id,name,frequency,before,after"
     assert lines[1].startswith("1,thing_1,f,60,") and lines[-1] == "9,thing_9,r,0,0"

@@ -140,6 +140,9 @@ def test_two_checkpoints_are_compared_on_all_rare_objects(
     assert figures["images_with_rare_objects"] == len({row["image_id"] for row in boxes})
     assert sum(row["objects"] for row in outcome.rows) == len(boxes)
     assert all(f"pair, step {step} (" in outcome.page for step in (4, 7))
+    bar = re.findall(r'<rect class="bar [^"]*"[^>]*><title>[^<]*: ([\d.]+)%<', outcome.page)
+    shares = [100 * number / len(boxes) for number in figures["outcomes"].values() if number]
+    assert sorted(map(float, bar)) == pytest.approx(sorted(shares), abs=0.06)
     # One checkpoint against itself never differs, and nothing is shown.
     same = compare(recipe, places[0], places[0])
     assert same.figures["outcomes"]["only_a"] == same.figures["outcomes"]["only_b"] == 0

@@ -101,6 +101,10 @@ def test_zero_shot_counts_what_the_teacher_says(recipe: Recipe, tmp_path: Path) 
         assert boxes == figures["boxes_of"][name]
     assert json.loads((tmp_path / "teacher-zero-shot_tiny.json").read_text()) == figures
     assert 1 < figures["categories_of_a_soft_label"] < 12
+    marks = re.findall(r'<path class="mark \w+"[^>]*><title>[^<]* % of (\d+) boxes', outcome.page)
+    assert sorted(map(int, marks)) == sorted(int(r["boxes"]) for r in rows if int(r["boxes"]))
+    curves = re.findall(r'<polyline class="line [\w ]+"[^>]*><title>(\w+)<', outcome.page)
+    assert curves == [*(name for name in figures["per_box"] if figures["boxes_of"][name]), "chance"]
     assert outcome.lines[-1].startswith(f"temperature {figures['temperature']:.1f}; a soft label")
 
 
