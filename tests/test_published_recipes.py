@@ -173,6 +173,29 @@ def test_labels_are_used_where_the_extra_data_have_them() -> None:
     assert detic.detector.losses.weight_image_level == 0.1 and not detic.data.transforms.mosaic
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_overrides_that_a_recipe_names_are_read(name: str) -> None:
+    for line in header(name).splitlines():
+        overrides = [word.rstrip(".,;)") for word in re.findall(r"\b[a-z][\w.]+=\S+", line)]
+        if overrides:
+            load_recipe(PATHS[name], overrides)
+
+
+@pytest.mark.parametrize("percent", range(10, 100, 10))
+def test_every_fraction_of_annotations_is_three_overrides(percent: int) -> None:
+    """Each has runs and shards of its own, and nothing else differs."""
+    for name in ("dino_r50_drop50", "richsem_r50_drop50"):
+        [line] = [each for each in header(name).splitlines() if "lvis_train_drop90" in each]
+        overrides = line.replace("drop90", f"drop{percent}").lstrip("# ").split()
+        found, half = load_recipe(PATHS[name], overrides), load_recipe(PATHS[name])
+        changed = {"name": found.name, "data": found.data}
+        assert half.model_copy(update=changed) == found
+        [source] = found.data.train
+        assert source.annotations == f"lvis/lvis_v1_train_drop{percent}.json"
+        assert found.name == name.replace("drop50", f"drop{percent}")
+        assert source.name == f"lvis_train_drop{percent}"
+
+
 def test_the_fine_tuned_focalnet_takes_the_weights_of_its_pre_training() -> None:
     before, after = (load_recipe(PATHS[n]) for n in ("o365_focal_h", "richsem_focal_h"))
     assert after.initialize_from == before.name
