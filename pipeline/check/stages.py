@@ -47,14 +47,14 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
 def _check_teacher(recipe: Recipe) -> None:
     if not needs_teacher(recipe):
         return
-    from pipeline.semantics.clip import model_config, weights_identity
+    from pipeline.semantics.clip import check_weights, model_config
     from pipeline.semantics.towers.choice import regions_of
 
     config = model_config(recipe.teacher.model)
     if recipe.uses_soft_labels:
         regions_of(recipe.teacher, config)
     if recipe.teacher.train is None:
-        weights_identity(recipe.teacher, None)
+        check_weights(recipe.teacher)
 
 
 def _check_text(recipe: Recipe, vocabulary: Vocabulary | None) -> None:

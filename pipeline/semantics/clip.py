@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -69,25 +70,25 @@ def load_clip(section: Teacher, weights: Path | None) -> ClipModel:
     path = weights if weights is not None else _weights_path(section, tag)
     # OpenAI's weights were trained with the quick GELU, which the plain model names do not use.
     model = new_clip(section.model, quick_gelu=bool(tag.get("quick_gelu")))
-    try:
-        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (
-        AssertionError,  # open_clip, where the text tower is of another width
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-        StopIteration,
-        EOFError,
-    ) as error:
-        raise RecipeError(
-            f"{path} does not hold weights of teacher.model {section.model!r} that load without "
-            f"running code ({short(error)}); give a state dict as .safetensors or .pt"
-        ) from error
+    _load_weights(model, section, path, "cpu")
     return model.eval().requires_grad_(False)
+
+
+def check_weights(section: Teacher) -> None:
+    """Raise what `load_clip` would of a local file, before anything is spent: keys and shapes are
+    compared on the meta device. Of a published tag nothing is asked, for it would be downloaded.
+    """
+    if _tag_config(section):
+        return
+    path = _weights_path(section, {})
+    with torch.device("meta"):
+        model = new_clip(section.model)
+    # A .safetensors file is mapped, so only its header is read; it knows no meta device.
+    device = "cpu" if path.suffix == ".safetensors" else "meta"
+    with warnings.catch_warnings():
+        # Of each mapped tensor torch says that nothing was copied, which is what is wanted.
+        warnings.simplefilter("ignore", UserWarning)
+        _load_weights(model, section, path, device)
 
 
 def pixel_statistics(section: Teacher) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -177,6 +178,27 @@ def _tag_config(section: Teacher) -> dict[str, Any]:
     if section.pretrained is None:
         return {}
     return dict(open_clip.get_pretrained_cfg(section.model, section.pretrained))
+
+
+def _load_weights(model: ClipModel, section: Teacher, path: Path, device: str) -> None:
+    try:
+        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True, device=device)
+    except (
+        AssertionError,  # open_clip, where the text tower is of another width
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+        StopIteration,
+        EOFError,
+    ) as error:
+        raise RecipeError(
+            f"{path} does not hold weights of teacher.model {section.model!r} that load without "
+            f"running code ({short(error)}); give a state dict as .safetensors or .pt"
+        ) from error
 
 
 def _weights_path(section: Teacher, tag: dict[str, Any]) -> Path:
