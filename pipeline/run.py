@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from pipeline.check import check_stages, needs_teacher
+from pipeline.check import check_prepared, check_stages, needs_teacher
 from pipeline.cluster import (
     LiveEvaluation,
     run_alone,
@@ -124,6 +124,7 @@ def _run_stage(recipe: Recipe, stop: Event) -> None:
 
 def _prepare(recipe: Recipe, stop: Event, *, soft_labels: bool = False) -> None:
     prepare_sources(recipe, stop)
+    check_prepared(recipe)
     if needs_teacher(recipe) and recipe.teacher.train is not None:
         go_on(stop)
         _prepare_teacher(recipe, stop)

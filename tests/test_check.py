@@ -1,5 +1,6 @@
 """What `longtail check` refuses before anything is spent: resources and packages."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from tiny_world import in_line, tiny_recipe
 
-from pipeline.check import check_stages
+from pipeline import run
+from pipeline.check import check_stages, sources_of
+from pipeline.data import sources
 from pipeline.data.miniature.world import draw_world
 from pipeline.data.shards.preparing import prepare_source
 from pipeline.errors import RecipeError
@@ -113,3 +116,68 @@ def test_it_says_which_class_heads_begin_anew_and_refuses_none(folder: Path) -> 
     fine = tiny_recipe(folder, "fine", initialize_from="first", detector=scale)
     with pytest.raises(RecipeError, match=r"detector\.class_head is another"):
         check_stages([first, fine])
+
+
+INET = {"name": "inet", "format": "imagenet21k", "images": "imagenet21k"}
+
+
+def test_it_says_which_terms_a_source_has_none_of(folder: Path) -> None:
+    labelled = INET | {"annotations": "imagenet21k/wnid_to_lvis.tsv"}
+    unlabelled = {"extra": [labelled | {"use_labels": False}]}
+    for changes, words in (
+        ({"data": {"extra": [labelled]}}, ""),
+        ({"data": unlabelled}, "; no class term"),
+        ({"data": unlabelled, "semantic": None}, "; no class term"),
+        (
+            {"data": unlabelled, "semantic": {"labels": "hard"}},
+            "; no class or semantic term, for semantic.labels hard learns labels and it gives none",
+        ),
+    ):
+        lines = check_stages([tiny_recipe(folder, "tiny", **changes)]).splitlines()
+        assert f"  source      inet (imagenet21k): to be prepared{words}" in lines
+
+
+def test_labels_that_reach_no_category_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file that tells the categories, or from the index, before anything is made of them."""
+    raw = folder / "raw"
+    header, *rows = (raw / "imagenet21k/wnid_to_lvis.tsv").read_text().splitlines()
+    cells = (f"{row.split(chr(9))[0]}\t{k}\tgear {k}\tgear.n.{k}\tr" for k, row in enumerate(rows))
+    assert header.split("\t")[:5] == (
+        ["wnid", "lvis_v1_id", "lvis_name", "lvis_synset", "lvis_frequency"]
+    )
+    (tmp_path / "gears.tsv").write_text(
+        "\n".join(["\t".join(header.split("\t")[:5]), *cells]) + "\n"
+    )
+    categories = {"categories": [{"id": 1, "name": "gear"}], "images": [], "annotations": []}
+    (tmp_path / "gears.json").write_text(json.dumps(categories))
+    gears = {"name": "gears", "images": "imagenet21k", "annotations": str(tmp_path / "gears.tsv")}
+    parts = {"format": "coco", "images": "lvis", "annotations": str(tmp_path / "gears.json")}
+    captions = {
+        "format": "cc3m",
+        "images": "cc3m/images",
+        "annotations": "cc3m/Train_GCC-training.tsv",
+        "files": {"classes": str(tmp_path / "gears.json")},
+    }
+    message = r"source gears: none of its \d+ categories is one of the vocabulary's"
+    for form in ({"format": "imagenet21k"}, parts, captions):
+        with pytest.raises(RecipeError, match=message):
+            check_stages([tiny_recipe(folder, "tiny", data={"extra": [gears | form]})])
+        check_stages(
+            [tiny_recipe(folder, "tiny", data={"extra": [gears | form | {"use_labels": False}]})]
+        )
+
+    data = {"extra": [gears | {"format": "imagenet21k"}], "shards": str(tmp_path / "shards")}
+    recipe = tiny_recipe(folder, "tiny", data=data, output=str(tmp_path / "runs"))
+    monkeypatch.setattr(sources, "_SMALL_FILE", 0)
+    check_stages([recipe])  # Not yet known.
+    prepare_source(recipe.data.extra[0], recipe.data, in_line)
+    with pytest.raises(RecipeError, match=message):
+        check_stages([recipe])
+    for source in sources_of(recipe):
+        prepare_source(source, recipe.data, in_line)
+    monkeypatch.setattr(run, "check_stages", lambda _: None)  # As when nothing was prepared.
+    with pytest.raises(RecipeError, match=message):
+        run.prepare_stages([recipe])
+    assert not (tmp_path / "runs").exists()

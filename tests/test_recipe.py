@@ -223,6 +223,25 @@ def test_what_would_teach_nothing_is_refused(
         Recipe.model_validate(tree)
 
 
+@pytest.mark.parametrize("key", ["use_labels", "use_class"])
+def test_labels_that_captions_cannot_have_are_refused(
+    recipe_file: Path, tmp_path: Path, key: str
+) -> None:
+    tree, again = load_recipe(recipe_file).model_dump(), tmp_path / "again.yaml"
+    captions = TEACHES | {"name": "cc", "format": "cc3m", "annotations": "c.tsv"}
+    for files in ({}, {"files": {}}):
+        tree["data"]["extra"] = [captions | files | {key: True}]
+        with pytest.raises(ValueError, match=f"source cc: format cc3m: {key} is true, and captio"):
+            Recipe.model_validate(tree)
+    for given in ({}, {key: False}, {key: True, "files": {"classes": "lvis.json"}}):
+        tree["data"]["extra"] = [captions | given]
+        recipe = Recipe.model_validate(tree)
+        # As a run directory keeps it, with every key, and as workers are told.
+        again.write_text(recipe.to_yaml())
+        assert load_recipe(again) == Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+        assert load_recipe(again).hash() == recipe.hash()
+
+
 def test_unlabelled_sources_may_teach_boxes_or_semantics(recipe_file: Path) -> None:
     tree = load_recipe(recipe_file).model_dump()
     unlabelled = {"use_labels": False}

@@ -1,6 +1,7 @@
 """`longtail check`: refuse what cannot work before anything is spent, and say what will be done."""
 
 from pipeline.check.needs import needs_teacher, sources_of
+from pipeline.check.prepared import check_prepared
 from pipeline.check.stages import check_stages
 
-__all__ = ["check_stages", "needs_teacher", "sources_of"]
+__all__ = ["check_prepared", "check_stages", "needs_teacher", "sources_of"]

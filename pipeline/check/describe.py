@@ -42,7 +42,11 @@ def describe(
     for source in sources_of(recipe):
         index = indexes[source.name]
         state = "to be prepared" if index is None else f"{index.num_samples:,} images prepared"
-        lines.append(f"  source      {source.name} ({source.format}): {state}")
+        learned = source in (*recipe.data.train, *recipe.data.extra)
+        absent = recipe.terms_left_out(source) if learned else ""
+        lines.append(
+            f"  source      {source.name} ({source.format}): {state}{absent and f'; {absent}'}"
+        )
     lines.extend(mixture(recipe, plan_of(recipe, indexes, vocabulary)))
     return lines
 

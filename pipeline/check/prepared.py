@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 from pipeline.data.shards.index import Index, load_index
 from pipeline.data.shards.preparing import shards_url
-from pipeline.data.sources import list_records
+from pipeline.data.sources import list_categories, list_records
 from pipeline.data.storage.files import exists, resolve
 from pipeline.data.vocabulary.categories import Vocabulary
+from pipeline.data.vocabulary.category_map import used_map
 from pipeline.errors import RecipeError, StorageError
 from pipeline.recipe import Recipe, Source
 
@@ -37,3 +38,36 @@ def vocabulary_of(recipe: Recipe, indexes: Mapping[str, Index | None]) -> Vocabu
     if exists(resolve(recipe.data.root, source.annotations or source.images)):
         return list_records(source, recipe.data.root).vocabulary
     return None
+
+
+def check_labels(
+    recipe: Recipe, indexes: Mapping[str, Index | None], vocabulary: Vocabulary | None
+) -> None:
+    """Raise, where both sides are known, what the stream would raise for a source whose labels
+    reach no category of the detector."""
+    if vocabulary is None:
+        return
+    for source in (*recipe.data.train, *recipe.data.extra):
+        if source == recipe.data.vocabulary_source:
+            continue
+        theirs = _categories_of(recipe, source, indexes[source.name])
+        if theirs is not None:
+            used_map(source, theirs, vocabulary, recipe.data.root)
+
+
+def check_prepared(recipe: Recipe) -> None:
+    """The same once all of them are prepared, before anything is made with them."""
+    data = recipe.data
+    used = {s.name: s for s in (*data.train, *data.extra, data.vocabulary_source)}
+    indexes = {name: find_data(recipe, source) for name, source in used.items()}
+    check_labels(recipe, indexes, vocabulary_of(recipe, indexes))
+
+
+def _categories_of(recipe: Recipe, source: Source, index: Index | None) -> Vocabulary | None:
+    """Those of a source with labels, where they can be known before it is prepared, or it is."""
+    if index is not None or not source.has_labels:
+        return None if index is None else index.vocabulary
+    named = [path for path in (source.annotations, source.files.classes) if path is not None]
+    if not all(exists(resolve(recipe.data.root, path)) for path in named):
+        return None
+    return list_categories(source, recipe.data.root)

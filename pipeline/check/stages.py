@@ -6,7 +6,7 @@ from pipeline.check.beginning import check_beginning
 from pipeline.check.describe import bounds, describe
 from pipeline.check.machine import check_machine
 from pipeline.check.needs import needs_teacher, sources_of
-from pipeline.check.prepared import find_data, vocabulary_of
+from pipeline.check.prepared import check_labels, find_data, vocabulary_of
 from pipeline.data.shards.index import Index
 from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import RecipeError
@@ -36,6 +36,7 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     backbone = _check_backbone(recipe)
     indexes = {source.name: find_data(recipe, source) for source in sources_of(recipe)}
     vocabulary = vocabulary_of(recipe, indexes)
+    check_labels(recipe, indexes, vocabulary)
     _check_text(recipe, vocabulary)
     _check_validation(recipe, indexes, vocabulary)
     beginning = check_beginning(recipe, earlier, vocabulary)

@@ -112,22 +112,39 @@ class Recipe(Section):
     def _check_learned(self, source: Source) -> None:
         """Something must be learned from a source, and what is asked of its labels be there."""
         where, image_level = f"source {source.name}", self.detector.losses.image_level
-        labels = source.has_labels and source.use_class
-        if image_level != "boxes" and source.format in IMAGE_LEVEL_FORMATS and not labels:
+        terms = self.terms_of(source)
+        if image_level != "boxes" and source.format in IMAGE_LEVEL_FORMATS and "class" not in terms:
             raise ValueError(
                 f"{where}: detector.losses.image_level {image_level} (Detic) learns the labels of "
                 "whole images, and this source gives none; set its use_labels and use_class to "
                 "true (captions need files.classes too), leave it out, or choose image_level boxes"
             )
-        semantic = source.use_semantic and self.semantic is not None
-        if self.semantic is not None and self.semantic.labels == "hard":
-            semantic = semantic and labels
-        if not (labels or source.use_box or semantic):
+        if not terms:
             raise ValueError(
                 f"{where}: nothing is learned from it: its labels are not used, use_box is false, "
                 "and there is no semantic branch for it (semantic, use_semantic; with "
                 "semantic.labels hard it needs labels); switch one on, or leave the source out"
             )
+
+    def terms_of(self, source: Source) -> list[str]:
+        """Which terms of the loss the images of a train or extra source have."""
+        labels = source.has_labels and source.use_class
+        semantic = source.use_semantic and self.semantic is not None
+        if self.semantic is not None and self.semantic.labels == "hard":
+            semantic = semantic and labels
+        has = {"class": labels, "box": source.use_box, "semantic": semantic}
+        return [term for term, is_there in has.items() if is_there]
+
+    def terms_left_out(self, source: Source) -> str:
+        """Which of the recipe's terms they lack, in words; empty where they have them all."""
+        all_terms = ("class", "box", *(("semantic",) if self.semantic else ()))
+        absent = [term for term in all_terms if term not in self.terms_of(source)]
+        if not absent:
+            return ""
+        why = ""
+        if "semantic" in absent and source.use_semantic:
+            why = ", for semantic.labels hard learns labels and it gives none"
+        return f"no {' or '.join(absent)} term{why}"
 
     @property
     def uses_soft_labels(self) -> bool:

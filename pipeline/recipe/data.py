@@ -117,6 +117,7 @@ class Source(Section):
                 usable = [known for known in (*rules.needs, *rules.may) if known in files]
                 known = ", ".join(usable) or "none of `files`"
                 raise ValueError(f"{where} does not use `{key}` (it uses {known}); leave it out")
+        self._refuse_labels_of_captions(where)
         if self.format == "imagenet21k" and self.annotations is None and self.use_labels:
             raise ValueError(f"{where} needs `annotations`, or use_labels: false")
         if self.keep_flagged and not rules.flags:
@@ -125,6 +126,21 @@ class Source(Section):
         if self.min_instances is not None and self.format != "visual_genome":
             raise ValueError(f"{where} does not use `min_instances`; visual_genome does")
         return self
+
+    def _refuse_labels_of_captions(self, where: str) -> None:
+        """Captions without `files.classes` are unlabelled, unless somebody asked for labels.
+
+        A recipe that is written out whole states `files.classes: null` as well: it knows.
+        """
+        if self.format not in CAPTION_FORMATS or "classes" in self.files.model_fields_set:
+            return
+        for key in ("use_labels", "use_class"):
+            if key in self.model_fields_set and getattr(self, key):
+                raise ValueError(
+                    f"{where}: {key} is true, and captions have no labels but the categories of "
+                    f"`files.classes` that they name; give that file, or leave {key} out to learn "
+                    "from them without labels"
+                )
 
     @property
     def has_labels(self) -> bool:

@@ -42,6 +42,9 @@ class RunLog:
         write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment(recipe), indent=1))
         remove_lines_after(run_dir, step)
+        for source in (*recipe.data.train, *recipe.data.extra):
+            if absent := recipe.terms_left_out(source):
+                logger.info("source %s: %s", source.name, absent)
         self._feed = SinkFeed(recipe, step)
 
     def __enter__(self) -> Self:

@@ -49,6 +49,17 @@ def test_a_log_that_cannot_be_written(tmp_path: Path, name: str) -> None:
         RunLog(recipe, 0)
 
 
+def test_the_log_says_which_terms_a_source_has_none_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inet = {"name": "inet", "format": "imagenet21k", "images": "x", "use_labels": False}
+    recipe = tiny_recipe(tmp_path, "hard", semantic={"labels": "hard"}, data={"extra": [inet]})
+    join_process_group(torch.device("cpu"))
+    with caplog.at_level("INFO"), RunLog(recipe, 0):
+        [told] = [line for line in caplog.messages if line.startswith("source ")]
+    assert told.startswith("source inet: no class or semantic term, for semantic.labels hard")
+
+
 def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     put_folder(tmp_path / "samples_rank0.jsonl")
     join_process_group(torch.device("cpu"))

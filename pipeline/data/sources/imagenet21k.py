@@ -73,7 +73,7 @@ def list_imagenet21k(source: Source, root: str) -> RecordSet:
     `use_labels: false` it may also be a plain list, a wnid a line, or absent: then every wnid is
     taken. Wnids that it does not name are left out and counted, and so are those without images.
     """
-    vocabulary, labels = _read_labels(source, root)
+    vocabulary, labels = read_labels(source, root)
     record_set = RecordSet(vocabulary, [])
     archive = find_archive(source, root)
     if archive is None:
@@ -236,7 +236,7 @@ def _key(wnid: str, stem: str, position: int, taken: set[bytes]) -> bytes:
     return b"%b-%d" % (key, position) if key in taken else key
 
 
-def _read_labels(source: Source, root: str) -> tuple[Vocabulary, dict[str, int] | None]:
+def read_labels(source: Source, root: str) -> tuple[Vocabulary, dict[str, int] | None]:
     """The categories, and the category id of each wnid that is wanted; None where all are."""
     if source.annotations is None:
         return Vocabulary([]), None

@@ -58,7 +58,7 @@ def list_openimages(source: Source, root: str) -> RecordSet:
     and in its folders train, validation and test, or train_0 to train_f. `image_id` is the rank,
     since the published ids do not fit a signed integer; the key is the published id.
     """
-    vocabulary, columns = _read_classes(source, root)
+    vocabulary, columns = read_classes(source, root)
     record_set = RecordSet(vocabulary, [])
     boxes = _read_boxes(source, root, columns)
     labels = _read_labels(source, root, columns, record_set)
@@ -101,7 +101,7 @@ def list_openimages(source: Source, root: str) -> RecordSet:
     return record_set
 
 
-def _read_classes(source: Source, root: str) -> tuple[Vocabulary, dict[str, int]]:
+def read_classes(source: Source, root: str) -> tuple[Vocabulary, dict[str, int]]:
     """The categories, and the column of each LabelName."""
     url, data = read_file(source, root, "files.classes", source.files.classes)
     columns: dict[str, int] = {}

@@ -28,8 +28,8 @@ from pipeline.data.transforms import (
     train_transform,
 )
 from pipeline.data.vocabulary.categories import Vocabulary
-from pipeline.data.vocabulary.category_map import map_of
-from pipeline.errors import DataError, LongtailError, RecipeError
+from pipeline.data.vocabulary.category_map import used_map
+from pipeline.errors import DataError, LongtailError
 from pipeline.recipe import ShardReading, Source, Transforms
 
 MAX_SUBSTITUTES = 8
@@ -92,17 +92,11 @@ class SourceReader:
         self.num_categories = vocabulary.num_categories
         theirs = index.vocabulary
         self._ids = np.array(theirs.ids if source.has_labels else [], dtype=np.int64)
-        self.category_map = map_of(source, theirs, vocabulary, root) if source.has_labels else None
+        self.category_map = used_map(source, theirs, vocabulary, root)
         """Which of the vocabulary's categories each of the source's is; None without labels."""
         none = np.zeros(0, dtype=np.int64)
         self._columns = none if self.category_map is None else self.category_map.columns
         self._reached = np.unique(self._columns[self._columns >= 0])
-        if len(self._columns) and not len(self._reached):
-            raise RecipeError(
-                f"source {self.name}: none of its {len(self._ids)} categories is one of the "
-                f"vocabulary's {vocabulary.num_categories}; choose another data.vocabulary, or set "
-                "use_labels: false for this source"
-            )
 
     @property
     def digest(self) -> str:

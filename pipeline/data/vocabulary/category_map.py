@@ -133,6 +133,25 @@ def match_categories(source: Vocabulary, target: Vocabulary) -> CategoryMap:
     return CategoryMap(source, target, columns, tuple(how), tuple(candidates))
 
 
+def used_map(
+    source: Source, theirs: Vocabulary, ours: Vocabulary, root: str = ""
+) -> CategoryMap | None:
+    """What the labels of a recipe's source become; None where they are not used.
+
+    Raises `RecipeError` where it has categories and none is one of the vocabulary's.
+    """
+    if not source.has_labels:
+        return None
+    found = map_of(source, theirs, ours, root)
+    if len(found.columns) and not (found.columns >= 0).any():
+        raise RecipeError(
+            f"source {source.name}: none of its {theirs.num_categories} categories is one of the "
+            f"vocabulary's {ours.num_categories}; choose another data.vocabulary, or set "
+            "use_labels: false for this source"
+        )
+    return found
+
+
 def map_of(source: Source, theirs: Vocabulary, ours: Vocabulary, root: str = "") -> CategoryMap:
     """The map of a recipe's source: its reviewed csv under `root`, or what the rules give."""
     if source.category_map is None:
