@@ -173,6 +173,17 @@ class StoredSource:
         self._index, self._folder = index, folder
         self._files: dict[int, _LabelFile] = {}
 
+    def unlabelled(self) -> frozenset[int]:
+        """Numbers of the samples that have boxes and no labels: their images could not be read."""
+        found: list[int] = []
+        shards = np.unique(self._index.shard).tolist() if self.header.skipped else []
+        for shard in shards:
+            samples = np.array(shard_samples(self._index, shard))
+            boxes = np.diff(self._index.category_offsets)[samples]
+            labels = np.diff(_LabelFile(file_url(self._folder, shard)).offsets)
+            found += samples[(boxes > 0) & (labels == 0)].tolist()
+        return frozenset(found)
+
     def rows(self, origin: NDArray[np.int64]) -> SparseLabels:
         """Labels of boxes, (N, 2) numbers of the sample and of the box in it."""
         number, width = self.header.num_categories, self.header.width
@@ -196,8 +207,8 @@ class StoredSource:
         if not 0 <= box < after - first:
             raise StorageError(
                 f"{file_url(self._folder, shard)} has no soft label for box {box} of sample "
-                f"{sample}, only for {after - first} boxes: its image could not be read when they "
-                f"were made; delete {self._folder} and make them again"
+                f"{sample}, only for {after - first} boxes; delete {self._folder} and make them "
+                "again"
             )
         return file, first + box
 
@@ -225,6 +236,10 @@ class StoredLabels:
         header = next(iter(self._sources.values())).header
         self.temperature = header.temperature
         self._number, self._width = header.num_categories, header.width
+
+    def unlabelled(self) -> dict[str, frozenset[int]]:
+        """By source, the samples that a stream has to leave out (`StoredSource.unlabelled`)."""
+        return {name: source.unlabelled() for name, source in self._sources.items()}
 
     def ask(self, batch: Batch) -> None:
         """Nothing: they are made."""

@@ -24,6 +24,7 @@ from pipeline.errors import LongtailError, StopRequested
 from pipeline.progress import Progress as ProgressBar
 from pipeline.recipe import Recipe
 from pipeline.semantics.soft_labels import SoftLabels
+from pipeline.semantics.stored import StoredLabels
 from pipeline.signals import stop_signals
 from pipeline.training.agreement import (
     StepFacts,
@@ -275,6 +276,8 @@ def start(
     student, soft_labels = build_student(
         recipe, vocabulary, device, pretrained=resumed is None, soft_labels=soft_labels
     )
+    if isinstance(soft_labels, StoredLabels):
+        stream.leave_out(soft_labels.unlabelled())
     progress, state = Progress(0, 0, stream.plan.state()), None
     if resumed is not None:
         manifest = read_manifest(resumed)

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_world import metrics, prepare_here, run_command, tiny_recipe, write_recipe
 
+from pipeline.data.images import decode_pixels
 from pipeline.data.shards.preparing import load_index, shards_url
 from pipeline.data.stream.batches import Stream, source_readers
 from pipeline.data.stream.reader import EvaluationReader, SourceReader
-from pipeline.errors import RecipeError, StorageError
+from pipeline.errors import DataError, RecipeError, StorageError
 from pipeline.recipe import Recipe, Teacher
 from pipeline.semantics.clip import new_clip
 from pipeline.semantics.sparse import SparseLabels
@@ -206,6 +207,44 @@ def test_what_is_missing_or_foreign_is_refused_before_training(exact: Recipe, fo
         source.rows(np.array([[0, 10000]]))
     with pytest.raises(RecipeError, match="is a URL"):
         StoredSource(index, "s3://bucket/soft_labels_1")
+
+
+def test_images_that_could_not_be_read_then_get_substitutes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels were made where two images could not be decoded, and here they can."""
+    recipe = recipe_of(folder, "skipped", top_k=7)
+    sources = readers_of(recipe)
+    reader = sources["lvis_train"]
+    with_boxes = np.flatnonzero(np.diff(reader.index.category_offsets))
+    samples = {int(i): reader.shards.sample(int(i)) for i in with_boxes[:2]}
+    damaged = {sample.image for sample in samples.values()}
+
+    def decode(data: bytes) -> np.ndarray:
+        if data in damaged:
+            raise DataError("damaged")
+        return decode_pixels(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.stream.reader.decode_pixels", decode)
+        store(recipe)
+    labels = stored_labels(recipe, reader.index.vocabulary)
+    assert labels.unlabelled() == {"lvis_train": set(samples), "imagenet": set()}
+    stream = stream_of(recipe, sources)
+    stream.leave_out(labels.unlabelled())
+    for batches in stream.iterate(0, 40):
+        for batch in batches.micro_batches:
+            for rows in labels.labels(batch):
+                assert torch.isfinite(rows).all()
+    met = stream.ledger.unreadable
+    assert met.keys() == {f"lvis_train/{sample.key}" for sample in samples.values()}
+    assert all("no soft labels" in reason for reason in met.values())
+
+    data = {"transforms": TRANSFORMS, "bad_sample_budget": 1}
+    strict = tiny_recipe(folder, "strict", teacher={"stored": True, "top_k": 7}, data=data)
+    with pytest.raises(DataError, match=r"lvis_train: 2 images could not.*bad_sample_budget 1"):
+        train_here(strict)
+    assert not metrics(strict)
 
 
 def test_a_recipe_whose_branch_no_source_teaches_is_refused(exact: Recipe, folder: Path) -> None:

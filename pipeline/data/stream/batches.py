@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +29,7 @@ from pipeline.data.stream.reader import (
 )
 from pipeline.data.stream.workers import Ahead, read_ahead
 from pipeline.data.vocabulary.categories import Vocabulary
+from pipeline.errors import DataError
 from pipeline.recipe import Data, ShardReading, Source, Training
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Stream:
         """Of each labelled source, by its name."""
         self.plan = training_plan(data, training, readers, seed)
         self.ledger = Ledger(data.bad_sample_budget)
+        self._sources = readers
         self._reader = TrainReader(readers, data.transforms, data.max_boxes)
         self._workers = data.workers
         self._micro_batch = training.micro_batch
@@ -82,6 +84,19 @@ class Stream:
         mosaics = bool(data.extra) and data.transforms.mosaic
         height, width = largest_canvas(data.transforms, training.micro_batch, mosaics=mosaics)
         self._canvas_bytes = batch_bytes(training.micro_batch, height, width)
+
+    def leave_out(self, unlabelled: Mapping[str, Set[int]]) -> None:
+        """Treat these samples of each source, which lack stored soft labels, as images that cannot
+        be read: counted, with others in their places. Raises `DataError` for more than the budget.
+        """
+        for name, samples in unlabelled.items():
+            if len(samples) > self.ledger.budget:
+                raise DataError(
+                    f"source {name}: {len(samples):,} images could not be read when their soft "
+                    f"labels were made, more than data.bad_sample_budget {self.ledger.budget} "
+                    "allows; delete these labels and make them again, or raise the budget"
+                )
+            self._sources[name].unlabelled = samples
 
     def iterate(self, start_step: int, stop_step: int, held: int = 0) -> Iterator[StepBatches]:
         """The steps from `start_step` to before `stop_step`, of which the caller holds `held`

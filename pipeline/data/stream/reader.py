@@ -1,7 +1,7 @@
 """Slots of the plan to a batch: read, decode, map labels, transform, collate."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -90,6 +90,8 @@ class SourceReader:
         self.index = index
         self.shards = open_source(index, reading or ShardReading(), window_shards)
         self.num_categories = vocabulary.num_categories
+        self.unlabelled: Set[int] = frozenset()
+        """Numbers of samples that lack stored soft labels: others take their places."""
         theirs = index.vocabulary
         self._ids = np.array(theirs.ids if source.has_labels else [], dtype=np.int64)
         self.category_map = used_map(source, theirs, vocabulary, root)
@@ -146,6 +148,8 @@ class SourceReader:
         Boxes that never had a category stay: nobody said that they are of another. `index` is the
         sample's number, of which its boxes keep note.
         """
+        if index in self.unlabelled:
+            raise DataError("it has no soft labels, for it could not be read when they were made")
         boxes, ids, columns = sample.boxes, sample.category_ids, self.columns(sample.category_ids)
         origin = origins(index, len(ids))
         if self.source.has_labels:
