@@ -73,6 +73,11 @@ def make_index(folder: Path, name: str, vocabulary: Vocabulary, objects: list[li
     images.mkdir(exist_ok=True)
     rng = np.random.default_rng(list(name.encode()))
     records = [draw_record(images, name, i, own, rng) for i, own in enumerate(objects)]
+    return index_of(folder, name, vocabulary, records)
+
+
+def index_of(folder: Path, name: str, vocabulary: Vocabulary, records: list[Record]) -> Index:
+    """The same of records that are drawn already."""
     url = str(folder / name)
     infos = []
     for k in range(0, len(records), 3):

@@ -15,17 +15,25 @@ from coloured_world import (
     a_source,
     a_stream,
     colour_at,
+    draw_record,
     fingerprints,
+    index_of,
     make_index,
     some_data,
 )
+from small_dino import SMALL as SMALL_DINO
 
 from pipeline.data.sample import UNLABELLED, Sample
 from pipeline.data.shards.index import Index
-from pipeline.data.stream.reader import CROWDED, UNMAPPED
+from pipeline.data.stream.reader import CROWDED, UNMAPPED, VANISHED
 from pipeline.data.transforms import Picture
 from pipeline.data.vocabulary.categories import Category, Vocabulary
+from pipeline.detectors import build_detector
+from pipeline.detectors.interface import LossContext
 from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import DetectorSection, Semantic
+from pipeline.semantics.branch import SemanticBranch
+from pipeline.training.student import Student
 
 
 def test_boxes_stand_on_objects_of_their_label(indexes: dict[str, Index]) -> None:
@@ -97,6 +105,58 @@ def test_no_image_has_more_boxes_than_the_cap(
     assert counted[0]["train", CROWDED] == 6 * 2 * (4 + 0 + 2)
     assert (counted[0]["extra", CROWDED] > 0) == mosaic
     assert len(kept) > 4, "not always the same two"
+
+
+def sliver_index(folder: Path, name: str) -> Index:
+    """Six images of two boxes each, so narrow that less than a pixel of any is left by a crop."""
+    rng = np.random.default_rng(7)
+    boxes = np.array([[4, 2, 4.2, 30], [20, 5, 20.2, 30]], dtype=np.float32)
+    drawn = [draw_record(folder, name, i, [3, 5], rng) for i in range(6)]
+    return index_of(folder, name, VOCABULARY, [replace(record, boxes=boxes) for record in drawn])
+
+
+def test_boxes_that_crops_leave_nothing_of_are_counted_and_empty_images_train(
+    tmp_path: Path,
+) -> None:
+    indexes = {name: sliver_index(tmp_path, name) for name in ("train", "extra")}
+    always = {"crop_probability": 1.0, "extra_crop_probability": 1.0}
+    data = some_data(transforms=SMALL.model_copy(update=always), repeat_threshold=0)
+    counted, without = [], []
+    for world_size in (1, 4):
+        dropped: Counter[tuple[str, str]] = Counter()
+        left = Counter({"train": 0, "extra": 0})
+        for rank in range(world_size):
+            stream = a_stream(indexes, data, rank, world_size, micro_batch=1)
+            for step in stream.iterate(0, 6):
+                dropped.update({(step.stream, why): n for why, n in step.dropped.items()})
+                for batch in step.micro_batches:
+                    # What pads a step repeats another rank's image, and is not counted.
+                    left[step.stream] += sum(len(t.boxes) for t in batch.targets if t.box_weight)
+                    if world_size == 1 and not len(batch.targets[0].boxes):
+                        without.append(batch)
+        # Three steps of six images each, of two boxes, or of four parts with two boxes.
+        assert dropped["train", VANISHED] == 3 * 6 * 2 - left["train"] > 0
+        assert dropped["extra", VANISHED] == 3 * 6 * 4 * 2 and left["extra"] == 0
+        counted.append((dropped, left))
+    assert counted[0] == counted[1]
+
+    torch.manual_seed(0)
+    text = torch.nn.functional.normalize(torch.randn(3, 16), dim=-1)
+    detector = build_detector(
+        DetectorSection.model_validate(SMALL_DINO), num_categories=3, text_embeddings=text
+    )
+    branch = SemanticBranch(detector.feature_dim, text, 20.0, Semantic())
+    student = Student(detector, branch, Semantic())
+    assert {name for batch in without for name in batch.source} == {"train", "extra"}
+    for batch in (without[0], without[-1]):
+        context = LossContext(1.0, torch.arange(3), 1.0)
+        soft = [torch.zeros(0, 3)]
+        losses = student(batch.images, batch.mask, batch.targets, context, soft)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        assert torch.isfinite(total) and total > 0
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_under_the_cap_nothing_changes(indexes: dict[str, Index]) -> None:
