@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from typing import TypeVar
 
-from pipeline.check import sources_of
+from pipeline.check import check_validation, detector_vocabulary, sources_of
 from pipeline.cluster import run_tasks, start_ray, stop_ray
 from pipeline.data.miniature.world import draw_world
-from pipeline.data.shards.index import HEADER_FILE
+from pipeline.data.shards.index import HEADER_FILE, load_index
 from pipeline.data.shards.preparing import RunTasks, prepare_source, shards_url
 from pipeline.data.shards.report import describe_preparation
 from pipeline.data.storage.files import exists
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import StopRequested
 from pipeline.progress import Progress
 from pipeline.recipe import Cluster, Recipe, Source
@@ -23,16 +24,21 @@ Result = TypeVar("Result")
 
 def prepare_sources(recipe: Recipe, stop: Event, sources: Sequence[Source] | None = None) -> None:
     """Shards of every source of a recipe, or of some `sources`, its miniature world drawn first
-    where it asks for one."""
-    data = recipe.data
+    where it asks for one. Raises `RecipeError` when, with every source there, the categories of the
+    validation source turn out not to be the detector's."""
+    data, is_whole = recipe.data, sources is None
     sources = sources_of(recipe) if sources is None else sources
     if data.miniature is not None and sources:
         _draw_world(recipe, stop)
     for source in sources:
         go_on(stop)
-        evaluated = data.validation is not None and source.name == data.validation.name
-        short_side = None if evaluated else data.store_short_side
-        _prepare(source, data, recipe.cluster, stop, short_side)
+        if data.validation is not None and source.name == data.validation.name:
+            _prepare_validation(recipe, source, stop)
+        else:
+            _prepare(source, data, recipe.cluster, stop, data.store_short_side)
+    if is_whole and data.validation is not None:
+        detector = load_index(shards_url(data, data.vocabulary_source)).vocabulary
+        check_validation(recipe, load_index(shards_url(data, data.validation)), detector)
 
 
 def is_prepared(recipe: Recipe, source: Source) -> bool:
@@ -56,12 +62,34 @@ def go_on(stop: Event) -> None:
         raise StopRequested("stopped on request; run the same command to go on")
 
 
+def _prepare_validation(recipe: Recipe, source: Source, stop: Event) -> None:
+    """Shards of the source that is evaluated on, images as published, and its ground truth; in the
+    detector's categories, where its own names are free."""
+    given = None
+    if source.format == "visual_genome" and source != recipe.data.vocabulary_source:
+        given = detector_vocabulary(recipe)
+    _prepare(source, recipe.data, recipe.cluster, stop, None, evaluated=True, vocabulary=given)
+
+
 def _prepare(
-    source: Source, data: Shards, cluster: Cluster, stop: Event, short_side: int | None
+    source: Source,
+    data: Shards,
+    cluster: Cluster,
+    stop: Event,
+    short_side: int | None,
+    *,
+    evaluated: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     with Progress(f"shards of {source.name}", "images") as progress:
         index = prepare_source(
-            source, data, _tasks(cluster, stop), progress.update, short_side=short_side
+            source,
+            data,
+            _tasks(cluster, stop),
+            progress.update,
+            short_side=short_side,
+            evaluated=evaluated,
+            vocabulary=vocabulary,
         )
     print(describe_preparation(index), flush=True)
 

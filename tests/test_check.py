@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pipeline.data import sources
 from pipeline.data.miniature.world import draw_world
 from pipeline.data.shards.preparing import prepare_source
 from pipeline.errors import RecipeError
+from pipeline.preparation import prepare_sources
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,27 @@ def test_a_validation_source_that_was_stored_smaller_is_refused(
         check_stages([recipe])
     prepare_source(recipe.data.validation, recipe.data, in_line)
     check_stages([recipe])
+
+
+def test_another_vocabulary_than_the_detectors_is_refused_as_soon_as_it_is_known(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any training: categories of raw data are read when they are prepared."""
+    objects = "objects365/zhiyuan_objv2_train.json"
+    validation = {
+        "name": "objects365",
+        "format": "objects365",
+        "images": "objects365",
+        "annotations": objects,
+    }
+    data = {"validation": validation, "extra": [], "shards": str(tmp_path)}
+    recipe = tiny_recipe(folder, "tiny", data=data, semantic=None)
+    monkeypatch.setattr("pipeline.preparation._tasks", lambda *_: in_line)
+    check_stages([recipe])
+    with pytest.raises(RecipeError, match="objects365 has another vocabulary than the detector"):
+        prepare_sources(recipe, Event())
+    with pytest.raises(RecipeError, match="objects365 has another vocabulary than the detector"):
+        check_stages([recipe])
 
 
 def test_a_stage_may_train_differently_what_it_starts_from(folder: Path) -> None:

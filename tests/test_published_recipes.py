@@ -159,6 +159,14 @@ def test_kinds_of_extra_data_differ_in_their_source_alone(name: str) -> None:
         assert recipe.data.model_copy(update={"extra": base.data.extra}) == base.data
 
 
+@pytest.mark.parametrize("form", IMAGES)
+def test_other_data_sets_are_evaluated_on_their_own_held_out_part(form: str) -> None:
+    data = load_recipe(PATHS[f"richsem_r50_{form}"]).data
+    [train] = data.train
+    assert data.validation is not None and data.validation.format == train.format == form
+    assert data.validation.annotations != train.annotations
+
+
 def test_labels_are_used_where_the_extra_data_have_them() -> None:
     extra = {name: load_recipe(PATHS[name]).data.extra for name in NAMES}
     assert {name for name, sources in extra.items() if sources and not sources[0].has_labels} == {

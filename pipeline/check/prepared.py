@@ -29,6 +29,12 @@ def find_data(recipe: Recipe, source: Source) -> Index | None:
         ) from None
 
 
+def detector_vocabulary(recipe: Recipe) -> Vocabulary | None:
+    """The detector's categories as they are now: of the index, else of the raw data."""
+    source = recipe.data.vocabulary_source
+    return vocabulary_of(recipe, {source.name: find_data(recipe, source)})
+
+
 def vocabulary_of(recipe: Recipe, indexes: Mapping[str, Index | None]) -> Vocabulary | None:
     """The detector's categories, where they can be known before anything is drawn."""
     source = recipe.data.vocabulary_source

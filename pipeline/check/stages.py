@@ -38,7 +38,8 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     vocabulary = vocabulary_of(recipe, indexes)
     check_labels(recipe, indexes, vocabulary)
     _check_text(recipe, vocabulary)
-    _check_validation(recipe, indexes, vocabulary)
+    if recipe.data.validation is not None:
+        check_validation(recipe, indexes[recipe.data.validation.name], vocabulary)
     beginning = check_beginning(recipe, earlier, vocabulary)
     lines = [*describe(recipe, indexes, vocabulary), *beginning, backbone]
     lines.append(bounds(recipe, vocabulary))
@@ -87,13 +88,10 @@ def _check_backbone(recipe: Recipe) -> str:
     )
 
 
-def _check_validation(
-    recipe: Recipe, indexes: dict[str, Index | None], vocabulary: Vocabulary | None
-) -> None:
+def check_validation(recipe: Recipe, index: Index | None, vocabulary: Vocabulary | None) -> None:
+    """Refuse the index of a validation source that the detector cannot be evaluated on."""
     source = recipe.data.validation
-    if source is None:
-        return
-    index = indexes[source.name]
+    assert source is not None
     scaled = index.report.get("scaled") if index is not None else None
     if isinstance(scaled, dict) and scaled.get("images"):
         raise RecipeError(
@@ -106,7 +104,13 @@ def _check_validation(
         and vocabulary is not None
         and index.vocabulary.digest != vocabulary.digest
     ):
+        fix = ""
+        if source.format == "visual_genome":
+            fix = (
+                "; its shards were prepared with other categories: delete them, or give the source "
+                "another name, and `longtail prepare` makes them with the detector's"
+            )
         raise RecipeError(
             f"recipe {recipe.name}: the validation source {source.name} has another vocabulary "
-            f"than the detector: {index.vocabulary.difference(vocabulary)}"
+            f"than the detector: {index.vocabulary.difference(vocabulary)}{fix}"
         )

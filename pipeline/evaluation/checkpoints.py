@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.shards.ground_truth import load_ground_truth
 from pipeline.data.shards.preparing import Index, load_index, shards_url
 from pipeline.data.storage.files import read_bytes, resolve
 from pipeline.data.stream.batches import EvaluationSet
@@ -39,7 +40,7 @@ from pipeline.evaluation.results import (
 from pipeline.evaluation.subset import stratified_subset
 from pipeline.evaluation.tables import format_comparison, format_fraction, format_table
 from pipeline.recipe import Recipe, Source
-from pipeline.recipe.data import EVALUATED_FORMATS
+from pipeline.recipe.data import EVALUATED_FORMATS, WRITTEN_TRUTH
 from pipeline.training.checkpoint import load_detector
 from pipeline.training.device import worker_device
 from pipeline.training.locate import locate_checkpoint
@@ -199,7 +200,10 @@ def _validation_source(recipe: Recipe) -> Source:
 
 
 def _annotations(recipe: Recipe) -> Annotations:
-    path = resolve(recipe.data.root, _validation_source(recipe).annotations or "")
+    source = _validation_source(recipe)
+    if source.format in WRITTEN_TRUTH:
+        return load_ground_truth(load_index(shards_url(recipe.data, source)))
+    path = resolve(recipe.data.root, source.annotations or "")
     tree: Annotations = json.loads(read_bytes(path))
     return tree
 

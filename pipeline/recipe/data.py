@@ -57,8 +57,12 @@ CAPTION_FORMATS = ("cc3m", "cc12m")
 IMAGE_LEVEL_FORMATS = ("imagenet21k", *CAPTION_FORMATS)
 """Formats whose labels are of whole images: coarse, and naming only some of what is there."""
 
-EVALUATED_FORMATS = ("lvis", "objects365", "coco")
-"""Formats of a validation source: json that the evaluation reads as it is published."""
+WRITTEN_TRUTH = ("openimages", "visual_genome")
+"""Formats whose ground truth `prepare` writes in COCO's form, beside the shards of a validation
+source; see `shards/ground_truth.py`."""
+
+EVALUATED_FORMATS = ("lvis", "objects365", "coco", *WRITTEN_TRUTH)
+"""Formats of a validation source; the json of the first three is evaluated as it is published."""
 
 
 class Source(Section):
@@ -296,12 +300,8 @@ class Data(Shards):
             close = difflib.get_close_matches(self.vocabulary, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"vocabulary {self.vocabulary!r} is none of the sources {names}{hint}")
-        if self.validation is not None and self.validation.format not in EVALUATED_FORMATS:
-            raise ValueError(
-                f"validation: source {self.validation.name} has format {self.validation.format}; a "
-                f"run evaluates on {', '.join(EVALUATED_FORMATS)}. Others are scored beside it: "
-                "`longtail evaluate --annotations GT.json --detections DT.json --protocol ...`"
-            )
+        if self.validation is not None:
+            _check_validation(self.validation, self.vocabulary_source)
         if self.vocabulary_source.format in CAPTION_FORMATS:
             raise ValueError("captions have no categories: take the vocabulary from another source")
         if self.vocabulary_source.annotations is None:
@@ -323,3 +323,34 @@ class Data(Shards):
                     "leave the key out, or set use_labels: true"
                 )
         return self
+
+
+def _check_validation(source: Source, vocabulary: Source) -> None:
+    """That a run can be evaluated on a source, with the categories of the `vocabulary` source."""
+    where = f"validation: source {source.name}"
+    if source.format not in EVALUATED_FORMATS:
+        raise ValueError(
+            f"{where} has format {source.format}; a run evaluates on "
+            f"{', '.join(EVALUATED_FORMATS)}. Others are scored beside it: "
+            "`longtail evaluate --annotations GT.json --detections DT.json --protocol ...`"
+        )
+    if source.format in WRITTEN_TRUTH and not source.use_labels:
+        raise ValueError(f"{where} without its labels has no AP; leave out use_labels: false")
+    if source.format != "visual_genome" or source == vocabulary:
+        return
+    if vocabulary.format != "visual_genome":
+        raise ValueError(
+            f"{where} has free names, of which only those of the detector's categories are "
+            f"evaluated, and these are of {vocabulary.name} ({vocabulary.format}); train on "
+            "visual_genome, or evaluate on a source with categories of its own"
+        )
+    if source.min_instances is not None:
+        raise ValueError(
+            f"{where} has the categories of {vocabulary.name}, however many boxes it has of them; "
+            "leave out min_instances"
+        )
+    if source.files.aliases != vocabulary.files.aliases:
+        raise ValueError(
+            f"{where} has files.aliases {source.files.aliases!r} and {vocabulary.name} "
+            f"{vocabulary.files.aliases!r}; names become categories by one list: give both the same"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from other_forms import name_as_in_lvis
 from small_dino import SMALL
 from tiny_world import in_line, tiny_recipe
 from torch import Tensor, nn
@@ -88,16 +89,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in recipe.data.sources:
         prepare_source(source, recipe.data, in_line)
     return path
-
-
-def name_as_in_lvis(root: Path) -> None:
-    """Give Objects365 categories of LVIS: those of the miniature world have nothing in common."""
-    lvis, objects = (root / str(source["annotations"]) for source in (LVIS, O365))
-    names = [category["name"] for category in json.loads(lvis.read_text())["categories"]]
-    document = json.loads(objects.read_text())
-    for category, name in zip(document["categories"], names, strict=False):
-        category["name"] = name
-    objects.write_text(json.dumps(document))
 
 
 def name_in_captions(root: Path) -> None:

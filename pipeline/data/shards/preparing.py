@@ -4,6 +4,7 @@
     <shards>/<source>/000000.json ...    what the shard holds and the digest of what it is made from
     <shards>/<source>/index.bin          offsets, sizes, ids and categories of every sample
     <shards>/<source>/index.json         written last: with it the source is prepared
+    <shards>/<source>/ground_truth.json  of a validation source of some formats
 
 Stock webdataset reads the shards. Our own reading goes through the index, with sizes and
 checksums, because webdataset 1.0 drops the rest of a damaged shard without a word.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from pipeline.data.shards.ground_truth import load_ground_truth, write_ground_truth
 from pipeline.data.shards.index import (
     FORMAT_VERSION,
     HEADER_FILE,
@@ -45,9 +47,10 @@ from pipeline.data.storage.files import (
     scheme_of,
 )
 from pipeline.data.storage.lock import sole_writer
+from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import DataError, StorageError
 from pipeline.recipe import Source
-from pipeline.recipe.data import Shards
+from pipeline.recipe.data import WRITTEN_TRUTH, Shards
 
 __all__ = [
     "Index",
@@ -96,14 +99,19 @@ def prepare_source(
     progress: Progress | None = None,
     *,
     short_side: int | None = None,
+    evaluated: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> Index:
     """Write what is missing of a source's shards, and their index; quick when nothing is.
 
     Shards that are there and made from the same records are kept, so an interrupted call goes on.
-    With `short_side`, larger images are stored scaled down to it. Raises `DataError` when more than
-    `data.bad_sample_budget` images are unreadable; then there is no index. Raises `StorageError`
-    while another process prepares the same local directory.
+    With `short_side`, larger images are stored scaled down to it. Of a source that is `evaluated`
+    the ground truth is written too, where its format is in `WRITTEN_TRUTH`; `vocabulary` is for
+    `list_records`. Raises `DataError` when more than `data.bad_sample_budget` images are
+    unreadable; then there is no index. Raises `StorageError` while another process prepares the
+    same local directory.
     """
+    writes_truth = evaluated and source.format in WRITTEN_TRUTH
     url = shards_url(data, source)
     if scheme_of(url) in ("http", "https") or not exists(
         resolve(data.root, source.annotations or source.images)
@@ -111,9 +119,27 @@ def prepare_source(
         # Shards travel without the raw data that they were made from.
         index = _whole_index(url, list_directory(url)[0])
         if index is not None:
+            if writes_truth:
+                load_ground_truth(index)  # What lacks it is refused before any training.
             return index
         refuse_to_write(url)
-    record_set = list_records(source, data.root)
+    record_set = list_records(source, data.root, vocabulary)
+    index = _prepare_records(source, data, record_set, run_tasks, progress, short_side)
+    if writes_truth:
+        write_ground_truth(index, record_set)
+    return index
+
+
+def _prepare_records(
+    source: Source,
+    data: Shards,
+    record_set: RecordSet,
+    run_tasks: RunTasks,
+    progress: Progress | None,
+    short_side: int | None,
+) -> Index:
+    """The index of a source's records, after what is missing of it was written."""
+    url = shards_url(data, source)
     plan = ShardPlan(url, record_set.records, data.samples_per_shard, short_side)
     digests = [FORMAT_VERSION, record_set.vocabulary.to_json(), plan.digests]
     inputs_digest = _sha256(json.dumps([source.name, source.format, *digests]))

@@ -59,13 +59,18 @@ def list_categories(source: Source, root: str) -> Vocabulary | None:
     return None
 
 
-def list_records(source: Source, root: str) -> RecordSet:
+def list_records(source: Source, root: str, vocabulary: Vocabulary | None = None) -> RecordSet:
     """Every usable record of a source whose paths are relative to `root`; no image is read.
 
+    Of Visual Genome, whose names are free, `vocabulary` may say which are categories.
     Raises `RecipeError` for a missing file or directory, `DataError` for a bad annotation (file,
     id, value, rule and fix), `StorageError` when storage fails.
     """
-    record_set = _READERS[source.format](source, root)
+    if vocabulary is not None:
+        assert source.format == "visual_genome", "other formats state their categories"
+        record_set = list_visual_genome(source, root, vocabulary)
+    else:
+        record_set = _READERS[source.format](source, root)
     if not record_set.records:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in record_set.dropped.items())
         raise DataError(

@@ -15,7 +15,7 @@ from pipeline.data.sample import UNLABELLED
 from pipeline.data.sources.csv_columns import Block, parse_rows, read_blocks
 from pipeline.data.sources.files import ImageFolder, read_file
 from pipeline.data.sources.instances import read_json
-from pipeline.data.sources.record import MAX_EXAMPLES, Record, RecordSet
+from pipeline.data.sources.record import MAX_EXAMPLES, Groups, Record, RecordSet
 from pipeline.data.sources.verified_labels import (
     Hierarchy,
     Pairs,
@@ -53,10 +53,11 @@ def list_openimages(source: Source, root: str) -> RecordSet:
     `files.classes` gives the categories, whose ids count its rows from 1. With `files.image_labels`
     (human-verified) images know categories that are absent, and images without a box are listed
     too, if they are in `images`. With `files.hierarchy` both are extended to kinds, see
-    `verified_lists`. Boxes around a group are left out and counted, unless `keep_flagged`, and so
-    are boxes that are empty or given twice. Images are looked for as `<ImageID>.jpg` in `images`
-    and in its folders train, validation and test, or train_0 to train_f. `image_id` is the rank,
-    since the published ids do not fit a signed integer; the key is the published id.
+    `verified_lists`. Boxes around a group are left out and counted, unless `keep_flagged`, and are
+    the set's `groups`; left out are also boxes that are empty or given twice. Images are looked for
+    as `<ImageID>.jpg` in `images` and in its folders train, validation and test, or train_0 to
+    train_f. `image_id` is the rank, since the published ids do not fit a signed integer; the key is
+    the published id.
     """
     vocabulary, columns = read_classes(source, root)
     record_set = RecordSet(vocabulary, [])
@@ -269,6 +270,10 @@ def _sort_boxes(
     _drop_many(record_set, "box around a group, left out", rows[group], show)
     boxes = np.ascontiguousarray(table.values[:, :4])
     clipped = boxes.clip(0, 1)
+    category_ids = np.array(record_set.vocabulary.ids, dtype=np.int64)
+    record_set.groups = Groups(
+        codes[group] // size, category_ids[codes[group] % size], clipped[group]
+    )
     empty = ~group & (clipped[:, 2:] <= clipped[:, :2]).any(1)
     _drop_many(record_set, "box empty or wholly outside the image, left out", rows[empty], show)
     outside = ~group & ~empty & (abs(clipped - boxes) > _CLIP_TOLERANCE).any(1)

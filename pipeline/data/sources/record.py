@@ -44,17 +44,32 @@ class Record:
     relative_boxes: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Boxes around groups: no boxes of records, and neither right nor wrong in an evaluation.
+
+    `image_ids` and `category_ids` are (N,) int64, `boxes` (N, 4) float32 xyxy, in fractions of the
+    image.
+    """
+
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+
+
 @dataclass
 class RecordSet:
     """All records of a source, and what was left out or altered: reason to count and to examples.
 
-    At most `MAX_EXAMPLES` examples are kept for each reason.
+    At most `MAX_EXAMPLES` examples are kept for each reason. `groups` are those of OpenImages that
+    were left out.
     """
 
     vocabulary: Vocabulary
     records: Sequence[Record]
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    groups: Groups | None = None
 
     def drop(self, reason: str, example: str) -> None:
         """Count one thing that is left out or altered."""

@@ -23,7 +23,9 @@ That is its statement, of its own cleaning of the names; nobody counted the publ
 """
 
 
-def list_visual_genome(source: Source, root: str) -> RecordSet:
+def list_visual_genome(
+    source: Source, root: str, vocabulary: Vocabulary | None = None
+) -> RecordSet:
     """One record for each image of an objects.json (v1.0 to v1.4), in ascending image id.
 
     `files.image_data` has the images' sizes and places (VG_100K, VG_100K_2). The category of an
@@ -31,8 +33,9 @@ def list_visual_genome(source: Source, root: str) -> RecordSet:
     has it; where two lines do, the first line decides. Categories with fewer than `min_instances`
     boxes (`MIN_INSTANCES` where it is not given) are dropped, with their boxes counted. Ids are
     ranks: 1 is the most frequent category, equal counts are in order of name, so that another cut
-    keeps the ids. A category has the synset that more than half of its boxes have. Boxes that are
-    empty, outside or given twice are left out and counted.
+    keeps the ids. A category has the synset that more than half of its boxes have. With a
+    `vocabulary`, as of the part that a detector is trained on, its categories are taken by name
+    instead. Boxes that are empty, outside or given twice are left out and counted.
     """
     url, tree = read_json(source, root, "annotations", source.annotations)
     refuse_other_form(source.format, tree, url)
@@ -45,8 +48,14 @@ def list_visual_genome(source: Source, root: str) -> RecordSet:
             f"{url}: image {unknown[0]} is not in `files.image_data` {source.files.image_data!r}; "
             "both files must be of one release"
         )
-    smallest = MIN_INSTANCES if source.min_instances is None else source.min_instances
-    vocabulary = record_set.vocabulary = _cut(by_image, smallest, record_set)
+    if vocabulary is None:
+        smallest = MIN_INSTANCES if source.min_instances is None else source.min_instances
+        vocabulary = _frequent(by_image, smallest)
+        reason = f"object of a category with fewer than {smallest} boxes, left out"
+    else:
+        reason = "object of a name that is no category of the detector, left out"
+    record_set.vocabulary = vocabulary
+    _keep(by_image, vocabulary, reason, record_set)
     instances = Instances(
         url,
         vocabulary,
@@ -159,8 +168,8 @@ def _read_objects(
     return by_image
 
 
-def _cut(by_image: dict[int, list[dict]], smallest: int, record_set: RecordSet) -> Vocabulary:
-    """The vocabulary of the frequent names; objects get `category_id`, those of others go."""
+def _frequent(by_image: dict[int, list[dict]], smallest: int) -> Vocabulary:
+    """The categories of the names that so many objects have."""
     counts = Counter(thing["name"] for things in by_image.values() for thing in things)
     image_counts = Counter(
         name for things in by_image.values() for name in {thing["name"] for thing in things}
@@ -190,16 +199,19 @@ def _cut(by_image: dict[int, list[dict]], smallest: int, record_set: RecordSet) 
             f"no category has {smallest} boxes; the most frequent, {ranked[0]}, has "
             f"{counts[ranked[0]]}. Lower `min_instances`"
         )
-    ids = {category.name: category.id for category in categories}
+    return Vocabulary(categories)
+
+
+def _keep(
+    by_image: dict[int, list[dict]], vocabulary: Vocabulary, reason: str, record_set: RecordSet
+) -> None:
+    """Give objects their `category_id`; those of other names are left out, for the `reason`."""
+    ids = {category.name: category.id for category in vocabulary.categories}
     for number, things in by_image.items():
         kept = []
         for thing in things:
             if thing["name"] in ids:
                 kept.append({**thing, "category_id": ids[thing["name"]]})
                 continue
-            record_set.drop(
-                f"object of a category with fewer than {smallest} boxes, left out",
-                f"object {thing['id']} of image {number}: {thing['name']}",
-            )
+            record_set.drop(reason, f"object {thing['id']} of image {number}: {thing['name']}")
         by_image[number] = kept
-    return Vocabulary(categories)

@@ -73,10 +73,48 @@ def test_only_visual_genome_has_a_frequency_cut() -> None:
 
 
 @pytest.mark.parametrize("form", GIVEN)
-def test_a_run_evaluates_on_json_that_the_evaluation_reads(form: str) -> None:
-    tree = {"root": "r", "train": [LVIS], "validation": source(form)}
-    if form in ("lvis", "coco", "objects365"):
+def test_a_run_evaluates_on_all_but_voc(form: str) -> None:
+    train = [source(form, name="other")]
+    tree = {"root": "r", "train": train, "validation": source(form)}
+    if form != "voc":
         assert Data.model_validate(tree).validation == source(form)
         return
     with pytest.raises(ValidationError, match=rf"format {form}; .*longtail evaluate --annotations"):
+        Data.model_validate(tree)
+
+
+ALIASES = {"image_data": "image_data.json", "aliases": "aliases.txt"}
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (
+            LVIS,
+            source("visual_genome"),
+            r"these are of lvis_train \(lvis\); train on visual_genome",
+        ),
+        (
+            source("visual_genome", name="vg"),
+            source("visual_genome", min_instances=5),
+            "has the categories of vg, .* leave out min_instances",
+        ),
+        (
+            source("visual_genome", name="vg", files=ALIASES),
+            source("visual_genome"),
+            "files.aliases None and vg 'aliases.txt'; .* give both the same",
+        ),
+        (LVIS, source("openimages", use_labels=False), "without its labels has no AP"),
+        (
+            source("visual_genome", name="vg"),
+            source("visual_genome", use_labels=False),
+            "without its labels has no AP",
+        ),
+    ],
+)
+def test_a_validation_source_that_cannot_be_evaluated_is_refused(
+    train: Source, validation: Source, message: str
+) -> None:
+    tree = {"root": "r", "train": [train], "validation": validation}
+    with pytest.raises(ValidationError, match=message):
         Data.model_validate(tree)

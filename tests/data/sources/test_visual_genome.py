@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from raw_data import data_of, in_line, photograph, write
 
+from pipeline.data.shards.ground_truth import load_ground_truth
 from pipeline.data.shards.preparing import prepare_source
 from pipeline.data.sources import list_records
 from pipeline.errors import DataError, RecipeError
@@ -107,6 +109,41 @@ def test_a_lower_cut_keeps_the_ids_and_adds_to_them(tmp_path: Path) -> None:
     assert lower.categories[2].synset is None
     with pytest.raises(DataError, match="no category has 30 boxes; the most frequent, tree, has 4"):
         list_records(VG.model_copy(update={"min_instances": None}), str(tmp_path))
+
+
+def test_a_validation_part_has_the_categories_of_the_training_part(tmp_path: Path) -> None:
+    """By name, not by its own ranks; boxes lie as people see an image that EXIF turns."""
+    held_out = [
+        {
+            "image_id": 5,
+            "objects": [
+                *(thing(["zebra"], (k, 1, 4, 4)) for k in range(5)),
+                *(thing(["Bike"], (k, 8, 4, 2)) for k in range(2)),
+                thing(["trees"], (30, 20, 8, 6)),
+            ],
+        }
+    ]
+    write_vg(tmp_path)
+    write(tmp_path / "held_out.json", held_out)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    write(tmp_path / "vg" / "VG_100K" / "5.jpg", photograph(5, exif=turned))
+    part = VG.model_copy(update={"name": "vg_val", "annotations": "held_out.json"})
+    assert list_records(part, str(tmp_path)).vocabulary.names == ["zebra", "bike"]
+    trained = list_records(VG, str(tmp_path)).vocabulary
+    record_set = list_records(part, str(tmp_path), trained)
+    assert record_set.vocabulary == trained
+    assert record_set.records[0].category_ids.tolist() == [2, 2, 1]
+    assert record_set.dropped == {
+        "object of a name that is no category of the detector, left out": 5
+    }
+    index = prepare_source(part, data_of(tmp_path, VG), in_line, evaluated=True, vocabulary=trained)
+    truth = load_ground_truth(index)
+    assert truth["images"] == [{"id": 5, "file_name": "5.jpg", "width": 30, "height": 40}]
+    assert [row["category_id"] for row in truth["annotations"]] == [2, 2, 1]
+    # Of the 40 x 30 that are stored: columns are rows now, counted from the top right.
+    assert truth["annotations"][2]["bbox"] == [4, 30, 6, 8]
+    assert truth["categories"][0] == {"id": 1, "name": "tree", "image_count": 2}
 
 
 def test_a_synset_that_most_boxes_do_not_have_is_not_the_categorys(tmp_path: Path) -> None:
@@ -218,12 +255,16 @@ def test_real_sample(tmp_path: Path, shared_data: Path, release: str, total: int
     rare = cut.dropped["object of a category with fewer than 30 boxes, left out"]
     assert rare == total - sum(frequent.values())
     data = data_of(tmp_path, source, bad_sample_budget=99)
-    index = prepare_source(source, data, in_line)
+    index = prepare_source(source, data, in_line, evaluated=True)
     assert len(index) == 1 and len(index.report["unreadable"]) == 99
     sample = index.read(0)
     (image,) = [image for image in tree if image["image_id"] == 1]
     assert sample.key == "000000000001"
     assert 0 < len(sample.boxes) <= len(image["objects"])
+    truth = load_ground_truth(index)
+    assert [image["id"] for image in truth["images"]] == [1], "99 have no photograph"
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in truth["annotations"])]
+    assert corners == sample.boxes.tolist()
 
 
 CLIPPED = "box partly outside the image, clipped"
