@@ -108,7 +108,8 @@ def stated(name: str) -> Stated:
         r"# Memory: ([\d.]+ GB) a GPU at worst, [^;]*--workers (\d+)\); of it ([\d.]+ GB) would be "
         r"weights,\n#   gradients and AdamW's moments without ZeRO \(([\d.]+ M) parameters\)\.\n"
         r"# Time: it has not run on a GPU\. By arithmetic (\d+ \w+) on (\d+) A100: at DINO's "
-        r"published 4\.5 images a second on each \(R50\), with ([\d.]+) times\n#   its operations an image",
+        r"published 4\.5 images a second on each \(R50\), with ([\d.]+) times\n"
+        r"#   its operations an image",
         header(name),
     )
     assert found is not None, header(name)
