@@ -1,6 +1,6 @@
 """What the recipes of the published experiments cost, counted and not measured.
 
-    python benchmarks/recipe_costs.py [RECIPE ...]        # all of recipes/ that take /datasets
+    python benchmarks/recipe_costs.py [NAME ...]        # of recipes/, all that take /datasets
 
 Memory is what `longtail check` predicts for a GPU at worst, by the recipe's own workers and layout.
 Operations are those of convolutions and matrix products in the forward and backward pass of a step,
@@ -34,7 +34,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SPEED = 4.5
 """Images a second of DINO's R50 on one A100, by its authors."""
 VISUAL_GENOME = 1594
-"""Categories with 10 boxes and more, which the data set is needed to count otherwise."""
+"""Categories of at least 30 boxes by VinVL's count, for the data set is not here to be counted."""
 PHOTOGRAPHS = ((480, 640), (480, 640), (480, 640), (640, 480))
 BOXES, DRAWS = 13, 4000
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", default=published)
+    parser.add_argument("recipes", nargs="*", metavar="NAME", default=published)
     torch.set_num_threads(1)
     print(f"{'':28}{'GB a GPU':>10}{'operations':>12}{'GPUs':>6}{'hours':>10}", flush=True)
     for name in parser.parse_args().recipes:

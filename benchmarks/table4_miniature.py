@@ -248,7 +248,8 @@ def write_results(settings: Settings, results: Sequence[Result], seeds: range) -
     texts = {"results.json": json.dumps(results, indent=1) + "\n"}
     titles = {row.name: row.title for row in read_rows().values()}
     asked = [result for result in results if result["seed"] in seeds]
-    texts |= {"table.md": markdown(asked, titles), "table.svg": plot(asked, titles)}
+    if asked:
+        texts |= {"table.md": markdown(asked, titles), "table.svg": plot(asked, titles)}
     for name, text in texts.items():
         temporary = settings.work / f".{name}"
         temporary.write_text(text, encoding="utf-8")
@@ -282,9 +283,11 @@ def main() -> None:
     results = read_results(settings)
     if not arguments.report:
         fill(settings, results, arguments)
-    if results:
-        write_results(settings, results, seeds_of(arguments))
+    write_results(settings, results, seeds_of(arguments))
+    if any(result["seed"] in seeds_of(arguments) for result in results):
         print((work / "table.md").read_text(encoding="utf-8"))
+    else:
+        print(f"nothing of these seeds is in {work}")
 
 
 def seeds_of(arguments: argparse.Namespace) -> range:

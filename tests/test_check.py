@@ -131,10 +131,19 @@ def test_it_says_which_class_heads_begin_anew_and_refuses_none(folder: Path) -> 
     first, linear = tiny_recipe(folder, "first"), {"class_head": {"kind": "linear"}}
     for changes, message in (
         ({"detector": linear, "semantic": None}, "they are language there and linear here"),
-        ({"teacher": {"model": "RN50"}}, "miniature-rn there and RN50 here"),
+        ({"teacher": {"model": "RN50"}}, "text is of miniature-rn there and of RN50 here"),
     ):
         fine = tiny_recipe(folder, "fine", initialize_from="first", **changes)
         assert message in check_stages([first, fine])
+    wide, also = (
+        tiny_recipe(folder, name, teacher={"model": model}, **more)
+        for name, model, more in (
+            ("wide", "RN50", {}),
+            ("also", "ViT-H-14", {"initialize_from": "wide"}),
+        )
+    )
+    with pytest.raises(RecipeError, match="text space of RN50, not of ViT-H-14; use one teacher"):
+        check_stages([wide, also])
     scale = {"class_head": {"scale": 7.0}}
     fine = tiny_recipe(folder, "fine", initialize_from="first", detector=scale)
     with pytest.raises(RecipeError, match=r"detector\.class_head is another"):

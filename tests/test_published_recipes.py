@@ -105,16 +105,17 @@ class Stated(NamedTuple):
 
 def stated(name: str) -> Stated:
     found = re.search(
-        r"# Memory: ([\d.]+ GB) a GPU at worst, [^;]*--workers (\d+)\); of it ([\d.]+ GB) would be "
-        r"weights,\n#   gradients and AdamW's moments without ZeRO \(([\d.]+ M) parameters\)\.\n"
+        r"# Memory: ([\d.]+ GB) a GPU at worst, counted and not measured "
+        r"\(benchmarks/recipe_costs\.py\)\. Weights, gradients and AdamW's moments "
+        r"alone\n#   are ([\d.]+ GB) without ZeRO "
+        r"\(([\d.]+ M) parameters\)\.\n"
         r"# Time: it has not run on a GPU\. By arithmetic (\d+ \w+) on (\d+) A100: at DINO's "
         r"published 4\.5 images a second on each \(R50\), with ([\d.]+) times\n"
         r"#   its operations an image",
         header(name),
     )
     assert found is not None, header(name)
-    worst, workers, of_training, parameters, time, gpus, operations = found.groups()
-    assert workers == gpus
+    worst, of_training, parameters, time, gpus, operations = found.groups()
     return Stated(worst, of_training, parameters, time, int(gpus), operations)
 
 
@@ -130,7 +131,7 @@ def test_the_time_follows_from_the_published_speed_and_the_operations(name: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detic_dino_r50", "richsem_r50_inet_lvis"])
+@pytest.mark.parametrize("name", ["detic_dino_r50", "richsem_r50_inet_lvis", "richsem_swin_t"])
 def test_what_is_stated_is_what_is_counted(name: str) -> None:
     cost, said = recipe_costs.cost_of(recipe_costs.read_recipe(name)), stated(name)
     assert (f"{cost.gigabytes:.1f} GB", f"{cost.operations:.2f}") == (

@@ -41,19 +41,30 @@ def check_beginning(
                 f"recipe {recipe.name} starts from {before.name}, whose detector.{key} is another: "
                 f"{there[key]} there, {value} here; make them equal"
             )
-    return [] if anew is None else [f"  beginning   from {before.name}; {anew}"]
+    return [] if anew is None else [f"  beginning   from {before.name}; class heads begin {anew}"]
 
 
 def _heads_begin_anew(recipe: Recipe, before: Recipe) -> str | None:
-    """Why, where they do: `initialize` takes what they learnt for one kind of head and one text."""
+    """Why, where they do: `initialize` takes what they learnt for one kind of head and one text.
+
+    Raises `RecipeError` for two models whose text has one width: whether it is of one space is not
+    known before there is any.
+    """
     kinds = before.detector.class_head.kind, recipe.detector.class_head.kind
     if kinds[0] != kinds[1]:
-        return f"class heads begin anew: they are {kinds[0]} there and {kinds[1]} here"
+        return f"anew: they are {kinds[0]} there and {kinds[1]} here"
     models = before.teacher.model, recipe.teacher.model
-    if kinds[0] == "language" and models[0] != models[1]:
-        towers = f"{models[0]} there and {models[1]} here"
-        return f"class heads begin anew where text is of another tower: {towers}"
-    return None
+    if kinds[0] == "linear" or models[0] == models[1]:
+        return None
+    from pipeline.semantics.clip import model_config
+
+    widths = [model_config(model)["embed_dim"] for model in models]
+    if widths[0] != widths[1]:
+        return f"anew: text is of {models[0]} there and of {models[1]} here"
+    raise RecipeError(
+        f"recipe {recipe.name} starts from {before.name}, whose class head works in the text space "
+        f"of {models[0]}, not of {models[1]}; use one teacher"
+    )
 
 
 def _structure(section: DetectorSection) -> dict[str, object]:

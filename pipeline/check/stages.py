@@ -8,6 +8,7 @@ from pipeline.check.machine import check_machine
 from pipeline.check.needs import needs_teacher, sources_of
 from pipeline.check.prepared import check_labels, find_data, vocabulary_of
 from pipeline.data.shards.index import Index
+from pipeline.data.storage.files import exists, resolve
 from pipeline.data.vocabulary.categories import Vocabulary
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
@@ -38,7 +39,7 @@ def _check_stage(recipe: Recipe, earlier: dict[str, Recipe]) -> str:
     vocabulary = vocabulary_of(recipe, indexes)
     check_labels(recipe, indexes, vocabulary)
     _check_text(recipe, vocabulary)
-    if recipe.data.validation is not None:
+    if recipe.data.validation is not None and not _is_made_again(recipe):
         check_validation(recipe, indexes[recipe.data.validation.name], vocabulary)
     beginning = check_beginning(recipe, earlier, vocabulary)
     lines = [*describe(recipe, indexes, vocabulary), *beginning, backbone]
@@ -86,6 +87,16 @@ def _check_backbone(recipe: Recipe) -> str:
         f"{memory.weights / 1e9:.2f} GB of weights, {memory.gradients / 1e9:.2f} of gradients, "
         f"{memory.optimizer / 1e9:.2f} of AdamW's moments"
     )
+
+
+def _is_made_again(recipe: Recipe) -> bool:
+    """Whether `prepare` makes validation shards of other categories again, as it does with the free
+    names of Visual Genome where the raw data are; it looks once more at their end."""
+    source = recipe.data.validation
+    assert source is not None
+    if source.format != "visual_genome" or source.annotations is None:
+        return False
+    return exists(resolve(recipe.data.root, source.annotations))
 
 
 def check_validation(recipe: Recipe, index: Index | None, vocabulary: Vocabulary | None) -> None:

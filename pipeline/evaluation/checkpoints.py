@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.shards.ground_truth import load_ground_truth
+from pipeline.data.shards.ground_truth import FILE, load_ground_truth
 from pipeline.data.shards.preparing import Index, load_index, shards_url
 from pipeline.data.storage.files import read_bytes, resolve
 from pipeline.data.stream.batches import EvaluationSet
@@ -73,6 +73,8 @@ def checkpoint_to_evaluate(
     """
     if _validation_source(recipe).format != "lvis" and official:
         raise RecipeError("--official runs the lvis package, and data.validation is not LVIS")
+    if _validation_source(recipe).format in WRITTEN_TRUTH:
+        _annotations(recipe)  # Before anything is detected.
     directory = newest_verified(recipe.run_dir)
     if checkpoint is not None:
         if directory is not None:
@@ -212,7 +214,8 @@ def _boxes(recipe: Recipe, annotations: Annotations) -> GroundTruth:
     """The annotations as arrays; of an exhaustive data set for choosing and drawing images only."""
     source = _validation_source(recipe)
     tree = annotations if source.format == "lvis" else without_federation(annotations)
-    return parse_ground_truth(tree, str(source.annotations))
+    written = source.format in WRITTEN_TRUTH
+    return parse_ground_truth(tree, f"{source.name}/{FILE}" if written else str(source.annotations))
 
 
 def _score(

@@ -134,9 +134,10 @@ class Source(Section):
     def _refuse_labels_of_captions(self, where: str) -> None:
         """Captions without `files.classes` are unlabelled, unless somebody asked for labels.
 
-        A recipe that is written out whole states `files.classes: null` as well: it knows.
+        A recipe that is written out whole, as in a checkpoint, states every key and asks for none.
         """
-        if self.format not in CAPTION_FORMATS or "classes" in self.files.model_fields_set:
+        whole = {"use_box", "use_semantic", "weight"} <= self.model_fields_set
+        if self.format not in CAPTION_FORMATS or self.files.classes is not None or whole:
             return
         for key in ("use_labels", "use_class"):
             if key in self.model_fields_set and getattr(self, key):

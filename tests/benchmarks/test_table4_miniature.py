@@ -192,6 +192,9 @@ def test_a_seed_that_was_not_asked_for_is_no_part_of_the_table(tmp_path: Path) -
         table4.write_results(settings(tmp_path), results, seeds)
         assert f"| DINO {cells}" in (tmp_path / "table.md").read_text()
         assert len(json.loads((tmp_path / "results.json").read_text())) == 3
+    (tmp_path / "table.md").unlink()
+    table4.write_results(settings(tmp_path), results, range(5, 8))
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_results_of_another_recipe_are_refused(tmp_path: Path) -> None:

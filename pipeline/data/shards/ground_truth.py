@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.shards.index import Index
 from pipeline.data.sources.record import Record, RecordSet
-from pipeline.data.storage.files import publish_bytes, read_bytes
+from pipeline.data.storage.files import exists, publish_bytes, read_bytes
 from pipeline.errors import StorageError
 
 FILE = "ground_truth.json"
@@ -52,7 +52,10 @@ def write_ground_truth(index: Index, record_set: RecordSet) -> None:
         ],
         "annotations": [{"id": k, **row} for k, row in enumerate(annotations, start=1)],
     }
-    publish_bytes(f"{index.url}/{FILE}", json.dumps(tree, separators=(",", ":")).encode())
+    url, text = f"{index.url}/{FILE}", json.dumps(tree, separators=(",", ":")).encode()
+    # What is there stays: the folder may be one that can only be read.
+    if not exists(url) or read_bytes(url) != text:
+        publish_bytes(url, text)
 
 
 def load_ground_truth(index: Index) -> dict[str, list[dict]]:
