@@ -17,8 +17,14 @@ from other_forms import (
 )
 from tiny_world import in_line, metrics, prepare_here, tiny_recipe
 
+from pipeline.data.shards.ground_truth import FILE
 from pipeline.data.shards.preparing import load_index, shards_url
-from pipeline.evaluation.checkpoints import evaluate_all_waiting, evaluate_newest
+from pipeline.errors import StorageError
+from pipeline.evaluation.checkpoints import (
+    checkpoint_to_evaluate,
+    evaluate_all_waiting,
+    evaluate_newest,
+)
 from pipeline.preparation import prepare_sources
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -151,3 +157,9 @@ def is_evaluated_beside_and_after(recipe: Recipe, title: str) -> None:
     with (recipe.run_dir / "evaluations/step_00000002/per_category.csv").open() as file:
         named = [(int(row["category_id"]), row["name"]) for row in csv.DictReader(file)]
     assert named == list(zip(trained.ids, trained.names, strict=True)) and len(named) == 6
+    assert recipe.data.validation is not None
+    truth = Path(f"{shards_url(recipe.data, recipe.data.validation)}/{FILE}")
+    truth.unlink()
+    # Before anything is detected.
+    with pytest.raises(StorageError, match=r"ground_truth\.json is missing"):
+        checkpoint_to_evaluate(recipe)
