@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import recipe_costs
 from pipeline.detectors import build_detector
 from pipeline.detectors.memory import training_memory
 from pipeline.recipe import Recipe
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe_file import load_recipe, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
@@ -223,8 +223,13 @@ def test_labels_are_used_where_the_extra_data_have_them() -> None:
 def test_overrides_that_a_recipe_names_are_read(name: str) -> None:
     for line in header(name).splitlines():
         overrides = [word.rstrip(".,;)") for word in re.findall(r"\b[a-z][\w.]+=\S+", line)]
-        if overrides:
-            load_recipe(PATHS[name], overrides)
+        tree = load_recipe(PATHS[name], overrides).model_dump(mode="json")
+        for override in overrides:
+            key, _, value = override.partition("=")
+            node: Any = tree
+            for part in key.split("."):
+                node = node[int(part) if part.isdigit() else part]
+            assert node == parse_yaml(value, override), override
 
 
 @pytest.mark.parametrize("percent", range(10, 100, 10))

@@ -69,7 +69,8 @@ def checkpoint_to_evaluate(
 
     A validation source in LVIS format is scored by LVIS's protocol, others by COCO's.
     Raises `RecipeError` without one of them, when the `official` package is wanted for another than
-    LVIS, or when the recipe's run has checkpoints of its own; `StorageError` without a checkpoint.
+    LVIS, or when the recipe's run has checkpoints of its own; `StorageError` without a checkpoint,
+    or without the ground truth that `prepare` writes.
     """
     if _validation_source(recipe).format != "lvis" and official:
         raise RecipeError("--official runs the lvis package, and data.validation is not LVIS")
